@@ -1,0 +1,230 @@
+"""SIGReg: the regularizers of LeJEPA, and its loss.
+
+    python sigreg.py            # times every loss, forward + backward, on the CPU and on a GPU if there is one
+
+Two documents call two different things SIGReg; both are here, with one relative of the first:
+
+    spectral_sigreg(z)               A: KL of the normalised singular values of the batch from uniform; scale-free
+    legendre_sigreg(z)               A before its scale is dropped: KL of the batch's Gaussian fit from N(0, I)
+    sketched_sigreg(z, directions)   B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
+
+Each takes z (N, D) of any float dtype. Under torch.distributed, z is this rank's share of the batch (shares may
+differ in size), the value is that of the whole batch, and once DDP has averaged the parameter gradients they are
+those of one process that holds the whole batch. Ranks exchange (D, D) or (knots, slices) sums, never embeddings.
+This file needs torch alone.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce (sum) whose backward is the same all-reduce.
+
+    Every rank computes the same loss L(S) of the sum S and back-propagates it, so the backward sum is world * dL/dS,
+    and DDP's division by the world size leaves the gradient of the whole batch. dist.all_reduce on its own is
+    invisible to autograd: the other ranks' copies of L drop out and the gradient is too small by 1 / world.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverRanks.apply(grad)
+
+
+def _sum_over_ranks(*tensors):
+    """Global sums of the given tensors, in one collective; the tensors themselves when there is one process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensors
+    flat = _SumOverRanks.apply(torch.cat([t.reshape(-1) for t in tensors]))
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+def _check(z):
+    if z.ndim != 2 or not z.is_floating_point():
+        raise ValueError(f"sigreg.py: z must be a float tensor of shape (N, D), got {z.dtype} {tuple(z.shape)}")
+
+
+def _moments(z):
+    """Row count n, mean (D,), centred Gram matrix (D, D) and sum of squares of the global batch, in float64.
+
+    The mean is exchanged before the Gram matrix: centring first keeps all digits when the mean is large, which the
+    one-pass form sum(z z^T) - n mean mean^T does not. Apple's MPS has no float64; there it is float32.
+    """
+    _check(z)
+    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    n, total, squares = _sum_over_ranks(z.new_tensor([len(z)]), z.sum(0), z.square().sum().view(1))
+    mean = total / n
+    (gram,) = _sum_over_ranks((z - mean).T @ (z - mean))
+    return n, mean, gram, squares
+
+
+def _spectral_entropy(z):
+    """H = -sum_j s_j log s_j of s = sigma / sum(sigma), sigma the singular values of the centred batch; and log D.
+
+    sigma = sqrt(eig(Gram)) in float64; eigvalsh's gradient has no 1 / (sigma_i - sigma_j), so equal values are safe.
+    Values within rounding of zero count as zero, with zero gradient: sqrt has no slope there. 0 log 0 = 0.
+    """
+    _, _, gram, squares = _moments(z)
+    eps = torch.finfo(gram.dtype).eps
+    finite = gram.isfinite().all()  # eigvalsh raises on others; this way they come out as nan
+    eig = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0))
+    keep = eig > (len(gram) * eps * eig[-1]).clamp_min((16 * eps) ** 2 * squares.squeeze()).detach()
+    keep &= eig > torch.finfo(gram.dtype).tiny
+    sigma = torch.where(keep, torch.where(keep, eig, 1.0).sqrt(), 0.0)
+    s = sigma / sigma.sum().clamp_min(torch.finfo(gram.dtype).tiny)
+    entropy = -(s * torch.where(keep, s, 1.0).log()).sum()
+    return torch.where(finite, entropy, torch.nan), math.log(len(gram))
+
+
+def spectral_sigreg(z):
+    """Spectral Isometry and Geometry Regularizer (source A): KL of the normalised spectrum from uniform.
+
+        sigma_1 .. sigma_D = singular values of z - mean(z)  (zeros for the missing ones when N <= D)
+        s_j = sigma_j / sum_i sigma_i
+        value = sum_j s_j log(D s_j) = log D - H(s)
+
+    z (N, D) -> scalar in [0, log D], nats, float64: 0 for a flat spectrum, log D for a batch of rank 1 and for a
+    batch of identical rows. Written as log D - H(s), because the formula with a small constant under the division
+    and tiny s_j dropped gives 0, the optimum, for complete collapse. With N <= D it cannot go below log(D / (N - 1)).
+    Scale-free: value(c z) = value(z). It shapes the spectrum and cannot keep the embedding from shrinking.
+    Raises ValueError unless z is a 2-D float tensor.
+    """
+    entropy, log_dim = _spectral_entropy(z)
+    return log_dim - entropy
+
+
+sigreg = spectral_sigreg
+
+
+def effective_rank(z):
+    """exp(H(s)), s the normalised singular values of the centred batch (Roy & Vetterli 2007). z (N, D) -> [1, D]."""
+    return _spectral_entropy(z)[0].exp()
+
+
+def embedding_std(z):
+    """Root mean variance of the columns over the global batch, sqrt(tr cov / D). z (N, D) -> scalar >= 0, float64."""
+    n, _, gram, _ = _moments(z)
+    return (gram.trace() / (n * len(gram))).sqrt().squeeze()
+
+
+def legendre_sigreg(z):
+    """KL of the batch's Gaussian fit from N(0, I), per dimension: source A's bound with its scale kept.
+
+    The Legendre-Fenchel bound on the log-partition function, -1/2 tr C + 1/2 log det C - D/2 log(2 pi e) and a term
+    for the mean, is largest at C = I. As a loss per dimension:
+
+        value = (tr C + |mean|^2 - log det C - D) / (2 D) = KL(N(mean, C) || N(0, I)) / D
+        C = covariance of z (divided by N) + ridge I,   ridge = 1e-4 + 1e-10 tr(cov) / D
+
+    z (N, D) -> scalar >= 0, nats per dimension, float64: 0 at mean 0 and C = I. The ridge keeps log det finite for
+    N <= D and for constant batches (value about 4.1 there), and adds to the trace too, so value >= 0 still holds.
+    Unlike spectral_sigreg it sees the scale: shrinking z is punished as -log. By Cholesky, no eigendecomposition.
+    Raises ValueError unless z is a 2-D float tensor.
+    """
+    n, mean, gram, _ = _moments(z)
+    dim = len(gram)
+    cov = gram / n
+    cov = cov + (1e-4 + 1e-10 * cov.trace() / dim) * torch.eye(dim, dtype=cov.dtype, device=cov.device)
+    factor, failed = torch.linalg.cholesky_ex(cov)  # does not wait for the GPU, and leaves nan to the caller
+    log_det = torch.where(failed == 0, 2 * factor.diagonal().log().sum(), torch.nan)
+    return (cov.trace() + mean.square().sum() - log_det - dim) / (2 * dim)
+
+
+def random_directions(dim, num_slices, seed, device=None):
+    """(dim, num_slices) float32 unit columns, uniform on the sphere, a pure function of the seed.
+
+    Drawn on the CPU: every rank gets the same ones, whatever its device, without a broadcast. Seed it with the step
+    number and a resumed run draws what the uninterrupted one would have drawn.
+    """
+    directions = torch.randn(dim, num_slices, generator=torch.Generator().manual_seed(seed))
+    return (directions / directions.norm(dim=0)).to(device)
+
+
+def sketched_sigreg(z, directions, knots=17, t_max=3.0):
+    """Sketched Isotropic Gaussian Regularization (source B, arXiv:2511.08544): Epps-Pulley test on projections.
+
+        p = z @ directions                                       (N, M): M one-dimensional samples
+        C(t) = mean cos(t p), S(t) = mean sin(t p)               empirical characteristic function of each slice
+        phi(t) = exp(-t^2 / 2)                                   that of N(0, 1)
+        value = mean over slices of N sum_k w_k [(C(t_k) - phi(t_k))^2 + S(t_k)^2]
+        w = phi * [dt, 2 dt, .., 2 dt, dt]                       trapezoid over [-t_max, t_max], by symmetry on t >= 0
+
+    z (N, D), directions (D, M) with unit columns, knots >= 2 points on [0, t_max] -> scalar >= 0; about 1.05 for a
+    standard normal batch whatever N, and growing like N for any other. float32, or float64 for float64 z.
+    Time and memory O(N M knots). Raises ValueError for other shapes.
+    """
+    _check(z)
+    if directions.ndim != 2 or len(directions) != z.shape[1] or knots < 2:
+        raise ValueError(f"sigreg.py: directions must be ({z.shape[1]}, M) and knots >= 2, "
+                         f"got {tuple(directions.shape)} and {knots}")
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        t = torch.linspace(0, t_max, knots, dtype=z.dtype, device=z.device)
+        phi = torch.exp(-t.square() / 2)
+        weights = phi * t_max / (knots - 1) * 2
+        weights[0], weights[-1] = weights[0] / 2, weights[-1] / 2
+        p = z @ directions.to(z)
+        angle = t[:, None, None] * p  # (knots, N, M)
+        n, cos, sin = _sum_over_ranks(z.new_tensor([len(z)]), angle.cos().sum(1), angle.sin().sum(1))
+        statistic = n * (weights @ ((cos / n - phi[:, None]).square() + (sin / n).square()))  # (M,)
+        return statistic.mean()
+
+
+def prediction_loss(z_pred, z_target):
+    """Mean squared error over all elements of the global batch, in at least float32, gradients to both sides."""
+    if z_pred.shape != z_target.shape:
+        raise ValueError(f"sigreg.py: z_pred {tuple(z_pred.shape)} and z_target {tuple(z_target.shape)} differ in shape")
+    dtype = torch.promote_types(z_pred.dtype, torch.float32)
+    error = (z_pred.to(dtype) - z_target.to(dtype)).square().sum().view(1)
+    total, count = _sum_over_ranks(error, error.new_tensor([z_pred.numel()]))
+    return (total / count).squeeze()
+
+
+def lejepa_loss(z_pred, z_target, z_batch, lam=1.0):
+    """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(z_batch).
+
+    z_pred, z_target (..., D) predicted and encoded target patches; z_batch (N, D) the batch SIGReg looks at.
+    Gradients flow through all three; nothing is detached. Returns a scalar.
+    """
+    return prediction_loss(z_pred, z_target) + lam * sigreg(z_batch)
+
+
+def benchmark():
+    """Forward + backward in ms, and as a multiple of one (N, D) x (D, D or M) product forward + backward."""
+    import time
+
+    slices = 1024
+    losses = {
+        "spectral": lambda z, a: spectral_sigreg(z),
+        "legendre": lambda z, a: legendre_sigreg(z),
+        "sketched": sketched_sigreg,
+        "product": lambda z, a: (z @ a).square().mean(),
+    }
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+        print(f"\n{device} ({name}), torch {torch.__version__}, M = {slices} slices, median of 5 interleaved runs")
+        print(f"{'loss':10}{'N':>6}{'D':>6}{'ms':>10}{'x product':>11}")
+        for n, dim in [(256, 128), (1024, 384), (2048, 768)]:
+            z = torch.randn(n, dim, device=device, requires_grad=True)
+            directions = random_directions(dim, slices, seed=0, device=device)
+            times = {key: [] for key in losses}
+            for _ in range(6):  # the first round warms up
+                for key, loss in losses.items():
+                    start = time.perf_counter()
+                    torch.autograd.grad(loss(z, directions), z)[0].sum().item()  # .item() waits for the GPU
+                    times[key].append(time.perf_counter() - start)
+            ms = {key: 1e3 * sorted(t[1:])[2] for key, t in times.items()}
+            for key in losses:
+                print(f"{key:10}{n:6}{dim:6}{ms[key]:10.1f}{ms[key] / ms['product']:11.1f}")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    benchmark()

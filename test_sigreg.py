@@ -1,0 +1,631 @@
+"""pytest test_sigreg.py: the losses against float64 references, exact gradients over ranks, masks, models, training, probes.
+
+Tolerances: 1e-10 and below is float64 rounding over sums of some 1e4 terms; 1e-5 is float32's; others say why.
+"""
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import masks
+import model
+import probe
+import sigreg
+import train
+
+HERE = Path(__file__).resolve().parent
+
+
+def gaussian(n, dim, seed=0, scale=1.0, dtype=torch.float64):
+    return (torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def gradient(loss, z):
+    z = z.clone().requires_grad_()
+    value = loss(z)
+    return value.detach(), torch.autograd.grad(value, z)[0]
+
+
+# ------------------------------------------------------------------------------------------------------ losses
+
+
+def spectral_reference(z):
+    """The definition, by singular values of the centred batch in float64."""
+    sigma = torch.linalg.svdvals(z.double() - z.double().mean(0))
+    s = sigma / sigma.sum()
+    return (s * torch.log(z.shape[1] * s)).sum()
+
+
+def sketched_reference(z, directions, knots=17, t_max=3.0):
+    """The definition, one slice and one knot at a time."""
+    t, total = np.linspace(0, t_max, knots), 0.0
+    for direction in directions.T.double():
+        p = z.double() @ direction
+        for k in range(knots):
+            weight = (t[1] - t[0]) * (1 if k in (0, knots - 1) else 2) * math.exp(-t[k] ** 2 / 2)
+            total = total + len(z) * weight * ((torch.cos(t[k] * p).mean() - math.exp(-t[k] ** 2 / 2)) ** 2 + torch.sin(t[k] * p).mean() ** 2)
+    return total / directions.shape[1]
+
+
+@pytest.mark.parametrize("n, dim", [(256, 16), (64, 128), (17, 17), (2, 8)])
+def test_spectral_is_its_definition(n, dim):
+    z = gaussian(n, dim) @ torch.diag(torch.logspace(0, -2, dim, dtype=torch.float64)) + 3
+    value = sigreg.spectral_sigreg(z)
+    sigma = torch.linalg.svdvals(z - z.mean(0))
+    s = (sigma / sigma.sum())[:min(n - 1, dim)]  # of n centred rows at most n - 1 directions are free
+    assert value.item() == pytest.approx((s * torch.log(dim * s)).sum().item(), abs=1e-10)
+    if n > dim:
+        _, grad = gradient(sigreg.spectral_sigreg, z)
+        _, expected = gradient(spectral_reference, z)
+        assert (grad - expected).norm() <= 1e-8 * expected.norm()  # the Gram matrix squares a condition number of 100
+
+
+def test_spectral_range_and_scale():
+    flat = torch.linalg.qr(gaussian(64, 9))[0]
+    flat = flat - flat.mean(0)
+    flat = torch.linalg.svd(flat, full_matrices=False)[0]
+    assert sigreg.spectral_sigreg(flat).item() == pytest.approx(0, abs=1e-12)
+    assert sigreg.sigreg is sigreg.spectral_sigreg
+    z = gaussian(50, 12)
+    for scale in (1e-6, 1e-3, 1e3, 1e6):
+        assert sigreg.spectral_sigreg(z * scale).item() == pytest.approx(sigreg.spectral_sigreg(z).item(), rel=1e-10)
+    assert 0 < sigreg.spectral_sigreg(z) < math.log(12)
+    assert sigreg.effective_rank(z).item() == pytest.approx(12 * math.exp(-sigreg.spectral_sigreg(z).item()))
+    assert sigreg.effective_rank(flat).item() == pytest.approx(9)
+
+
+def degenerate_batches():
+    torch.manual_seed(0)
+    yield "constant", torch.full((32, 8), 0.3), math.log(8)
+    yield "constant random row", torch.randn(1, 8).expand(32, 8), math.log(8)
+    yield "zeros", torch.zeros(32, 8), math.log(8)
+    yield "rank 1", torch.randn(32, 1) @ torch.randn(1, 8), math.log(8)
+    yield "duplicated singular values", torch.eye(8).repeat(4, 1), None
+    yield "N = 2", torch.randn(2, 8), math.log(8)
+    yield "N = 1", torch.randn(1, 8), math.log(8)
+    yield "N < D", torch.randn(5, 8), None
+    yield "N = D", torch.randn(8, 8), None
+    for scale in (1e-6, 1e6):
+        yield f"scale {scale}", scale * torch.randn(32, 8), None
+        yield f"N < D, scale {scale}", scale * torch.randn(5, 8), None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name, z, collapsed", [pytest.param(*case, id=case[0]) for case in degenerate_batches()])
+def test_degenerate_batches_are_finite(name, z, collapsed, dtype):
+    z = z.to(dtype)
+    size = z.float().abs().max().clamp_min(1e-6)
+    for loss in (sigreg.spectral_sigreg, sigreg.legendre_sigreg, lambda z: sigreg.sketched_sigreg(z, sigreg.random_directions(8, 16, 0))):
+        value, grad = gradient(loss, z)
+        assert value.isfinite() and grad.isfinite().all() and value.dtype != torch.bfloat16
+    value, grad = gradient(sigreg.spectral_sigreg, z)
+    assert 0 <= value <= math.log(8) + 1e-12
+    assert grad.double().abs().max() * size <= 100  # relative to 1 / scale: no rounding blown up to 1e6
+    if collapsed is not None and not (name == "rank 1" and dtype == torch.bfloat16):  # rounding to bfloat16 adds rank
+        assert value.item() == pytest.approx(collapsed, abs=1e-5)
+
+
+def test_legendre_is_the_gaussian_kl():
+    z = gaussian(300, 6) @ gaussian(6, 6, seed=1) + 0.5
+    cov = torch.cov(z.T, correction=0)
+    cov = cov + (1e-4 + 1e-10 * cov.trace() / 6) * torch.eye(6)
+    normal = torch.distributions.MultivariateNormal
+    expected = torch.distributions.kl_divergence(normal(z.mean(0), cov), normal(torch.zeros(6).double(), torch.eye(6).double())) / 6
+    assert sigreg.legendre_sigreg(z).item() == pytest.approx(expected.item(), rel=1e-10)
+    white = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T, correction=0))).T
+    assert 0 <= sigreg.legendre_sigreg(white) < 1e-6  # the ridge of 1e-4 moves the optimum by its square
+    assert sigreg.legendre_sigreg(0.1 * white) > 1.5 > sigreg.legendre_sigreg(0.5 * white)  # it sees the scale
+    assert sigreg.legendre_sigreg(white + 1).item() == pytest.approx(0.5, rel=1e-3)  # and the mean: |1|^2 / 2D per dimension
+    assert torch.autograd.gradcheck(sigreg.legendre_sigreg, gaussian(12, 4).requires_grad_())
+
+
+@pytest.mark.parametrize("n, dim, dtype", [(2, 3, torch.float32), (65, 7, torch.float64), (40, 16, torch.bfloat16)])
+def test_sketched_is_its_definition(n, dim, dtype):
+    z, directions = gaussian(n, dim, dtype=dtype), sigreg.random_directions(dim, 5, seed=3)
+    value, grad = gradient(lambda z: sigreg.sketched_sigreg(z, directions), z)
+    expected, expected_grad = gradient(lambda z: sketched_reference(z, directions), z.double())
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
+    assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+    # a bfloat16 gradient is rounded to 8 bits on its way out
+    assert (grad - expected_grad).norm() <= expected_grad.norm() * (4e-3 if dtype == torch.bfloat16 else tolerance)
+    assert sigreg.sketched_sigreg(z, directions, knots=9, t_max=2.0).item() == pytest.approx(
+        sketched_reference(z, directions, 9, 2.0).item(), rel=1e-5)
+
+
+def test_sketched_knows_the_normal():
+    directions = sigreg.random_directions(32, 64, seed=0)
+    normal = np.mean([sigreg.sketched_sigreg(gaussian(512, 32, seed), directions).item() for seed in range(16)])
+    assert 0.9 < normal < 1.2  # expectation 1.05, see the docstring; 200 batches gave 1.05 +- 0.16 each
+    assert sigreg.sketched_sigreg(2 * gaussian(4096, 32), directions) > 100 * normal
+    assert sigreg.sketched_sigreg(torch.zeros(4096, 32), directions) > 100 * normal
+
+
+def test_random_directions():
+    directions = sigreg.random_directions(48, 100, seed=7)
+    assert directions.shape == (48, 100)
+    assert torch.equal(directions, sigreg.random_directions(48, 100, seed=7))
+    assert not torch.equal(directions, sigreg.random_directions(48, 100, seed=8))
+    assert torch.allclose(directions.norm(dim=0), torch.ones(100), atol=1e-6)
+
+
+def test_lejepa_loss_has_all_gradients():
+    z_pred, z_target, z_batch = (gaussian(20, 5, seed).requires_grad_() for seed in range(3))
+    loss = sigreg.lejepa_loss(z_pred, z_target, z_batch, lam=0.5)
+    expected = (z_pred - z_target).square().mean() + 0.5 * sigreg.spectral_sigreg(z_batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, (z_pred, z_target, z_batch)))
+
+
+@pytest.mark.parametrize("call", [
+    lambda: sigreg.spectral_sigreg(torch.zeros(3)),
+    lambda: sigreg.legendre_sigreg(torch.zeros(3, 4, 5)),
+    lambda: sigreg.sketched_sigreg(torch.zeros(3, 4), torch.zeros(5, 6)),
+    lambda: sigreg.spectral_sigreg(torch.zeros(3, 4, dtype=torch.int64)),
+    lambda: sigreg.prediction_loss(torch.zeros(3, 4), torch.zeros(3, 5)),
+])
+def test_losses_name_wrong_shapes(call):
+    with pytest.raises(ValueError, match=r"^sigreg\.py: .*(shape|directions)"):
+        call()
+
+
+def test_non_finite_input_gives_nan_not_an_exception():
+    z = torch.randn(16, 4)
+    z[0, 0] = torch.nan
+    for loss in (sigreg.spectral_sigreg, sigreg.legendre_sigreg, lambda z: sigreg.sketched_sigreg(z, sigreg.random_directions(4, 3, 0))):
+        assert loss(z).isnan()
+
+
+# ------------------------------------------------------------------------------------------------------- ranks
+
+LOSSES = {
+    "spectral": lambda z: sigreg.spectral_sigreg(z),
+    "legendre": lambda z: sigreg.legendre_sigreg(z),
+    "sketched": lambda z: sigreg.sketched_sigreg(z, sigreg.random_directions(z.shape[1], 20, seed=1)),
+    "lejepa": lambda z: sigreg.lejepa_loss(z.sin(), z, z, lam=0.7),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12)).double()
+
+
+def rank_main(rank, shares, folder, exact):
+    """One gloo rank: the gradient of each loss after DDP on its share of the 64 rows, saved by rank 0."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(shares))
+    x = gaussian(64, 10, seed=5)[sum(shares[:rank]):sum(shares[:rank + 1])]
+    if not exact:  # the trap: statistics of this rank's share alone
+        sigreg._sum_over_ranks = lambda *tensors: tensors
+    result = {}
+    for name, loss in LOSSES.items():
+        net = DistributedDataParallel(network())
+        value = loss(net(x))
+        value.backward()
+        result[name] = value.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
+    if rank == 0:
+        torch.save(result, f"{folder}/result.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares, exact", [((32, 32), True), ((40, 24), True), ((20, 30, 14), True), ((40, 24), False)])
+def test_gradient_over_ranks_is_that_of_one_process(shares, exact, tmp_path):
+    mp.spawn(rank_main, (shares, str(tmp_path), exact), nprocs=len(shares))
+    result = torch.load(tmp_path / "result.pt")
+    for name, loss in LOSSES.items():
+        net = network()
+        value = loss(net(gaussian(64, 10, seed=5)))
+        value.backward()
+        grad = torch.cat([p.grad.flatten() for p in net.parameters()])
+        error = ((result[name][1] - grad).norm() / grad.norm()).item()
+        if exact:
+            assert result[name][0].item() == pytest.approx(value.item(), rel=1e-9)
+            assert error <= 1e-9, f"{name}: gradient off by {error:.1e}"
+        else:  # the test sees what it is there to see
+            assert error > 1e-2, f"{name}: per-rank statistics pass unnoticed"
+
+
+# ------------------------------------------------------------------------------------------------------- masks
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("make", [masks.multi_block_masks, masks.random_masks])
+@pytest.mark.parametrize("grid", [2, 3, 4, 7, 14, 64, (2, 5), (1, 4), (16, 3)])
+def test_masks_are_legal_on_any_grid(make, grid):
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    for seed, count in itertools.product(range(5), (1, 33)):
+        context, targets = make(count, grid, generator=generator(seed))
+        again = make(count, grid, generator=generator(seed))
+        assert torch.equal(context, again[0]) and torch.equal(targets, again[1])
+        assert context.dtype == targets.dtype == torch.int64
+        assert context.shape[0] == targets.shape[0] == count and targets.shape[1] == 4
+        assert context.shape[1] >= 1 and targets.shape[2] >= 1
+        for indices in (context, targets):
+            assert indices.min() >= 0 and indices.max() < height * width
+            assert (indices.diff(dim=-1) > 0).all()  # raster order, none twice
+        seen = torch.zeros(count, height * width, dtype=torch.bool).scatter_(1, context, True)
+        assert not seen.gather(1, targets.flatten(1)).any()
+
+
+def test_block_masks_are_blocks_of_the_asked_size():
+    sizes, ratios = [], []
+    for seed in range(300):
+        context, targets = masks.multi_block_masks(3, 32, target_scale=(0.1, 0.3), target_aspect=(0.5, 2.0), generator=generator(seed))
+        rows, cols = targets // 32, targets % 32
+        h, w = rows.amax(-1) - rows.amin(-1) + 1, cols.amax(-1) - cols.amin(-1) + 1
+        assert (h * w == targets.shape[2]).all() and (h == h[0, 0]).all()
+        sizes.append(targets.shape[2] / 32**2)
+        ratios.append(math.log(h[0, 0] / w[0, 0]))
+        assert context.shape[1] >= 0.25 * 32**2 - 1
+    assert 0.09 < min(sizes) < 0.12 and 0.28 < max(sizes) < 0.31
+    assert min(ratios) < -0.6 and max(ratios) > 0.6
+    # independent draws; I-JEPA's one draw for both gives 1.0. Standard error of the estimate: 1 / sqrt(300) = 0.06
+    assert abs(np.corrcoef(sizes, ratios)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("make", [masks.multi_block_masks, masks.random_masks])
+def test_mask_frequencies_are_symmetric(make):
+    counts = torch.zeros(2, 14 * 14)
+    for seed in range(60):
+        context, targets = make(1000, 14, generator=generator(seed))
+        counts[0] += context.flatten().bincount(minlength=196)
+        counts[1] += targets.flatten().bincount(minlength=196)
+    frequency = (counts / 60_000).view(2, 14, 14)
+    assert (frequency - frequency.flip(1)).abs().max() < 0.03
+    assert (frequency - frequency.flip(2)).abs().max() < 0.03
+    assert frequency[0].min() > 0.05  # every patch is seen
+
+
+def test_context_sizes_do_not_starve():
+    context, targets = masks.multi_block_masks(4096, 14, generator=generator())
+    assert context.shape[1] >= 49  # min_context = 0.25 of 196
+
+
+@pytest.mark.parametrize("make, settings, name", [
+    (masks.multi_block_masks, dict(batch_size=0), "batch_size"),
+    (masks.multi_block_masks, dict(grid=1), "grid"),
+    (masks.multi_block_masks, dict(num_targets=0), "num_targets"),
+    (masks.multi_block_masks, dict(target_scale=(0.2, 0.1)), "target_scale"),
+    (masks.multi_block_masks, dict(target_scale=(0.5, 1.0)), "target_scale"),
+    (masks.multi_block_masks, dict(target_aspect=(0.0, 1.0)), "target_aspect"),
+    (masks.multi_block_masks, dict(context_scale=(0.5, 1.5)), "context_scale"),
+    (masks.multi_block_masks, dict(min_context=0.0), "min_context"),
+    (masks.random_masks, dict(target_scale=(0.0, 0.1)), "target_scale"),
+    (masks.random_masks, dict(context_scale=(-1.0, 0.5)), "context_scale"),
+])
+def test_masks_name_the_impossible_argument(make, settings, name):
+    with pytest.raises(ValueError, match=rf"^masks\.py: {name} "):
+        make(**dict(dict(batch_size=4, grid=8), **settings))
+
+
+# ------------------------------------------------------------------------------------------------------- model
+
+
+def test_encoder_sees_only_the_given_patches():
+    torch.manual_seed(0)
+    encoder = model.vit("vit_n8", 32)
+    images = torch.randn(3, 3, 32, 32)
+    everything = torch.arange(16).expand(3, -1)
+    assert torch.allclose(encoder(images), encoder(images, everything), atol=1e-6)
+    targets = torch.stack([torch.randperm(16, generator=generator(i))[:8].view(2, 4).sort().values for i in range(3)])
+    tokens = encoder(images, targets)
+    assert tokens.shape == (3, 2, 5, 128)
+    assert torch.allclose(tokens[:, 1], encoder(images, targets[:, 1]), atol=1e-6)
+    changed = images.clone()
+    unseen = next(i for i in range(16) if i not in targets[0, 0])
+    changed[0, :, unseen // 4 * 8:unseen // 4 * 8 + 8, unseen % 4 * 8:unseen % 4 * 8 + 8] += 1
+    assert torch.equal(encoder(changed, targets)[0, 0], tokens[0, 0])
+    assert not torch.allclose(encoder(changed), encoder(images))
+
+
+def test_model_sizes_and_names():
+    with torch.device("meta"):
+        for name, parameters, depth in [("vit_b16", 85_798_656, 12), ("vit_l16", 303_301_632, 24), ("vit_h14", 630_764_800, 32)]:
+            encoder = model.vit(name)
+            assert sum(p.numel() for p in encoder.parameters()) == parameters and len(encoder.blocks) == depth
+    for name in ("resnet50", "vit_x16", "vit_b", "vit_b0", "vit_b16x"):
+        with pytest.raises(ValueError, match="vit_b16"):
+            model.vit(name)
+    with pytest.raises(ValueError, match="image size 30 .* 24 or 32"):
+        model.vit("vit_n8", 30)
+
+
+def test_encoder_loads_into_timm():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    encoder = model.vit("vit_t16")
+    for p in encoder.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    theirs.load_state_dict(encoder.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(encoder(images), theirs.eval().forward_features(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("predictor", [model.MLPPredictor, model.TransformerPredictor])
+def test_predictors_share_a_call_and_use_their_input(predictor):
+    torch.manual_seed(0)
+    context, targets = masks.multi_block_masks(3, 8, generator=generator())
+    tokens = torch.randn(3, 1 + context.shape[1], 32, requires_grad=True)
+    predict = predictor(32, 64)
+    z = predict(tokens, context, targets)
+    assert z.shape == (*targets.shape, 32)
+    assert torch.autograd.grad(z.square().sum(), tokens)[0].abs().amax((1, 2)).min() > 0
+    assert not torch.allclose(z, predict(tokens, context, (targets + 1) % 64))  # the position matters
+    z[0].sum().backward()
+    assert tokens.grad[1:].abs().max() == 0  # images do not mix
+    if predictor is model.MLPPredictor:
+        assert predict.fc1.out_features <= 32
+
+
+# ------------------------------------------------------------------------------------------------- train, probe
+
+TINY = ["--steps", "8", "--batch-size", "32", "--log-every", "2", "--save-every", "3", "--device", "cpu"]
+
+
+def run_train(folder, *arguments):
+    train.main([*TINY, "--ckpt", str(folder / "ckpt.pt"), *arguments])
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[part][key], b[part][key]) for part in ("encoder", "predictor") for key in a[part])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run_train(folder)
+
+
+def jpeg_folder(folder, per_class=12, classes=2, size=40):
+    shapes = train.Shapes(size)
+    from PIL import Image
+    for split, label, i in itertools.product(("train", "val"), range(classes), range(per_class)):
+        path = folder / split / f"class{label}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shapes[10 * i + label][0]).save(path)
+    return folder
+
+
+def test_log_and_checkpoint(trained):
+    folder, checkpoint = trained
+    assert checkpoint["step"] == 8 and checkpoint["args"]["model"] == "vit_n8" and checkpoint["data"] == "shapes"
+    header, *rows = [json.loads(line) for line in (folder / "ckpt.jsonl").read_text().splitlines()]
+    assert header["args"] == checkpoint["args"] and "command" in header
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        assert {"step", "epoch", "loss", "pred", "sigreg", "erank", "std", "lr", "images_per_s"} <= row.keys()
+        assert row["loss"] == pytest.approx(row["pred"] + row["sigreg"], rel=1e-5)
+        assert 1 <= row["erank"] <= 128 and row["std"] > 0
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--sigreg", "spectral", "--predictor", "transformer"],
+    ["--sigreg", "sketched", "--masks", "random", "--lam", "0.05", "--amp"],
+    ["--sigreg-on", "tokens", "--augment", "color", "--model", "vit_n4"],
+    ["--augment", "crop", "--model", "vit_t8", "--image-size", "40"],
+])
+def test_every_choice_trains(arguments, tmp_path):
+    checkpoint = run_train(tmp_path, "--steps", "2", *arguments)
+    torch.manual_seed(0)
+    start = model.vit(checkpoint["args"]["model"], checkpoint["args"]["image_size"]).state_dict()
+    for key in ("patch_embed.proj.weight", "cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.weight"):
+        assert not torch.equal(checkpoint["encoder"][key], start[key]), f"{key} has no gradient"
+
+
+def test_same_command_again_says_finished_and_longer_runs_continue(trained, tmp_path, capsys):
+    folder, checkpoint = trained
+    (tmp_path / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes())
+    before = (tmp_path / "ckpt.pt").stat().st_mtime_ns
+    run_train(tmp_path)
+    assert "finished" in capsys.readouterr().out and (tmp_path / "ckpt.pt").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="lam=1.0, this command says 2.0"):
+        run_train(tmp_path, "--lam", "2")
+    longer = run_train(tmp_path, "--steps", "10", "--save-every", "4", "--log-every", "5", "--workers", "1")
+    train.main([*TINY, "--steps", "10", "--ckpt", str(tmp_path / "straight.pt")])
+    assert same_weights(longer, torch.load(tmp_path / "straight.pt", weights_only=True))
+
+
+def test_kill_and_resume_is_bit_identical(tmp_path):
+    arguments = ["--steps", "14", "--save-every", "2", "--log-every", "1", "--workers", "1", "--augment", "color"]
+    train.main([*TINY, *arguments, "--ckpt", str(tmp_path / "whole.pt")])
+    command = [sys.executable, str(HERE / "train.py"), *TINY, *arguments, "--ckpt", str(tmp_path / "cut.pt")]
+    for stop_after in (3, 9):  # lines of the log
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        log = tmp_path / "cut.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > stop_after):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    with log.open("a") as file:
+        file.write('{"step": 9')  # as a kill in mid-write leaves it
+    train.main(command[2:])
+    whole, cut = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "cut"))
+    assert cut["step"] == 14 and same_weights(whole, cut)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row.get("step") for row in rows] == [None, *range(1, 15)]
+
+
+def test_two_ranks_train_what_one_does(tmp_path):
+    arguments = [*TINY, "--sigreg", "legendre", "--weight-decay", "0", "--lr", "1e-4"]
+    train.main([*arguments, "--ckpt", str(tmp_path / "one.pt")])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(HERE / "train.py"),
+                    *arguments, "--ckpt", str(tmp_path / "two.pt")], check=True, stdout=subprocess.DEVNULL)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()[1:]] for name in ("one", "two")]
+    assert len(losses[0]) == 4
+    # the same batches, masks and statistics; float32 sums in another order, amplified by 8 steps of AdamW
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_probe(trained, capsys, monkeypatch):
+    folder, _ = trained
+    monkeypatch.setattr(train.Shapes, "__len__", lambda self: 200 if self.val else 600)
+    for extra in ([], ["--untrained"], ["--pool", "cls"]):
+        probe.main([str(folder / "ckpt.pt"), "--device", "cpu", *extra])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert {"knn", "linear", "erank", "untrained"} <= result.keys()
+        assert result["untrained"] == ("--untrained" in extra) and result["train"] == 600 and result["val"] == 200
+        assert 0 <= result["knn"] <= 100 and 0 <= result["linear"] <= 100 and 1 <= result["erank"] <= 128
+
+
+def test_probes_on_known_features():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    centres = torch.tensor([[4.0, 0, 0], [0, 4.0, 0], [0, 0, 4.0]])
+    x = centres[labels] + torch.randn(300, 3)
+    assert probe.knn_probe(x[:200], labels[:200], x[200:], labels[200:]) > 95
+    assert probe.linear_probe(x[:200], labels[:200], x[200:], labels[200:]) > 95
+    shuffled = labels[torch.randperm(300)]
+    assert probe.linear_probe(x[:200], shuffled[:200], x[200:], shuffled[200:]) < 60
+    # brute force: every vote by hand
+    right = 0
+    for query, label in zip(x[200:], labels[200:]):
+        cosine = torch.cosine_similarity(query[None], x[:200])
+        best = cosine.argsort(descending=True)[:20]
+        votes = [sum(math.exp(cosine[i] / 0.07) for i in best if labels[i] == c) for c in range(3)]
+        right += votes.index(max(votes)) == label
+    assert probe.knn_probe(x[:200], labels[:200], x[200:], labels[200:]) == pytest.approx(right)
+
+
+def test_shapes_are_a_function_of_seed_and_index():
+    a, b = train.Shapes(32, seed=1), train.Shapes(32, seed=1)
+    assert np.array_equal(a[7][0], b[7][0]) and a[7][1] == 7
+    assert not np.array_equal(a[7][0], a[17][0])
+    assert not np.array_equal(a[7][0], train.Shapes(32, seed=2)[7][0])
+    assert not np.array_equal(a[7][0], train.Shapes(32, seed=1, split="val")[7][0])
+    assert train.Shapes(50)[0][0].shape == (50, 50, 3)
+
+
+def test_shapes_are_not_linear_in_the_pixels():
+    x, y = {}, {}
+    for split, count in (("train", 4000), ("val", 1000)):
+        shapes = train.Shapes(32, split=split)
+        x[split] = torch.stack([torch.from_numpy(shapes[i][0]).flatten() for i in range(count)]) / 255
+        y[split] = torch.tensor([shapes[i][1] for i in range(count)])
+    assert probe.linear_probe(x["train"], y["train"], x["val"], y["val"]) <= 40
+
+
+def test_images_are_a_function_of_seed_epoch_and_index():
+    source = train.Shapes(40)
+    for augment, views in (("none", 1), ("crop", 1), ("color", 2)):
+        images = train.Images(source, 32, augment, seed=3)
+        state = torch.get_rng_state()
+        first = images[(1, 5)][0]
+        assert first.shape == (views, 3, 32, 32) and first.dtype == torch.uint8
+        assert torch.equal(first, images[(1, 5)][0]) and torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(first, images[(2, 5)][0]) == (augment == "none")
+    assert not torch.equal(first[0], first[1])
+
+
+def test_batches_cover_an_epoch_over_ranks():
+    shares = [list(train.batches(23, 6, 0, 6, seed=0, rank=rank, world=2)) for rank in (0, 1)]
+    assert all(len(batch) == 3 for share in shares for batch in share)
+    for epoch in (0, 1):
+        seen = [key for share in shares for batch in share[3 * epoch:3 * epoch + 3] for key in batch]
+        assert len(set(seen)) == 18 and {e for e, _ in seen} == {epoch}
+    assert list(train.batches(23, 6, 4, 6, 0, 1, 2)) == shares[1][4:]
+
+
+def refuse(arguments, match):
+    """train.main ends with one line that matches, and a non-zero code."""
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code.strip(), end.value.code
+    assert re.search(match, end.value.code), end.value.code
+
+
+@pytest.mark.parametrize("arguments, match", [
+    (["--model", "vit_z16"], "vit_z16.*vit_b16"),
+    (["--data", "nowhere"], "nowhere.*cifar10"),
+    (["--image-size", "30"], "image size 30.*24 or 32"),
+    (["--lam", "-1"], "--lam -1"),
+    (["--lam", "nan"], "--lam nan"),
+    (["--lr", "-1"], "--lr -1"),
+    (["--batch-size", "1"], "--batch-size 1 "),
+    (["--batch-size", "20001"], "20001.*20000 images"),
+    (["--image-size", "8"], "grid"),
+    (["--steps", "0"], "--steps 0"),
+    (["--ckpt", "no/such/folder/ckpt.pt"], "no such folder"),
+])
+def test_bad_settings(arguments, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse([*TINY, *arguments], match)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_must_divide_by_the_ranks():
+    args = train.parse_args(["--batch-size", "32"])
+    with pytest.raises(SystemExit, match="3 ranks .try 30"):
+        train.fill_in(args, train.Shapes(), world=3)
+
+
+def test_bad_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    refuse([*TINY, "--data", "empty"], "no train/ folder")
+    (tmp_path / "hollow" / "train" / "dog").mkdir(parents=True)
+    refuse([*TINY, "--data", "hollow"], "hollow")
+    (tmp_path / "classless" / "train").mkdir(parents=True)
+    refuse([*TINY, "--data", "classless"], "classless")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_folder_trains_probes_and_names_a_corrupt_image(tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.chdir(tmp_path)
+    folder = jpeg_folder(tmp_path / "photos")
+    arguments = ["--data", "photos", "--steps", "2", "--batch-size", "24", "--workers", workers, "--device", "cpu"]
+    train.main(arguments)
+    probe.main(["ckpt.pt", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["train"] == result["val"] == 24 and result["image_size"] == 40 and result["model"] == "vit_n4"
+    bad = folder / "train" / "class1" / "7.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    refuse([*arguments, "--ckpt", "other.pt"], r"cannot read image photos/train/class1/7\.jpg")
+
+
+def test_bad_checkpoints(tmp_path, trained):
+    folder, _ = trained
+    good = (folder / "ckpt.pt").read_bytes()
+    ran = tmp_path / "ran"
+    evil = pickle.dumps(type("Evil", (), {"__reduce__": lambda self: (os.mkdir, (str(ran),))})())
+    buffer = io.BytesIO()
+    torch.save({"weights": torch.zeros(3)}, buffer)
+    for content, match in ((good[:len(good) // 2], "truncated"), (b"", "truncated"), (b"hello", "not a checkpoint"),
+                           (evil, "not a checkpoint"), (buffer.getvalue(), "not a checkpoint")):
+        path = tmp_path / "ckpt.pt"
+        path.write_bytes(content)
+        refuse([*TINY, "--ckpt", str(path)], match)
+        with pytest.raises(SystemExit, match=match):
+            probe.main([str(path)])
+        assert path.read_bytes() == content and not ran.exists()
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        probe.main([str(tmp_path / "absent.pt")])
+
+
+def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    refuse(["--steps", "40", "--batch-size", "32", "--save-every", "1", "--log-every", "10", "--device", "cpu", "--lr", "1e30", "--ckpt", str(path)],
+           "non-finite by step")
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        assert all(value.isfinite().all() for value in saved["encoder"].values())

@@ -1,0 +1,431 @@
+"""Train LeJEPA by masked prediction: one encoder, a light predictor, MSE + lam * SIGReg, nothing else.
+
+    python train.py                                             # embedded set `shapes`, minutes on a laptop, writes ckpt.pt
+    python train.py --data cifar10                              # a torchvision data set, downloaded on first use
+    python train.py --data /data/photos                         # a folder with train/<class>/ and val/<class>/
+    torchrun --nproc_per_node=8 train.py --data /data/imagenet --model vit_b16      # one node, 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d train.py --data ...
+
+The same command again continues from its checkpoint. Beside ckpt.pt, ckpt.jsonl holds the command line, then one JSON
+object for each logged step. `python probe.py ckpt.pt` measures what was learned.
+
+Everything random is a pure function of the seed and of the step, epoch or image number: a resumed run repeats the
+uninterrupted one, and the number of ranks changes rounding only. The batch, its masks and SIGReg's statistic are global.
+"""
+import argparse
+import json
+import math
+import os
+import pickle
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from masks import multi_block_masks, random_masks
+from model import MLPPredictor, TransformerPredictor, vit
+from sigreg import effective_rank, embedding_std, legendre_sigreg, prediction_loss, random_directions, sketched_sigreg, spectral_sigreg
+
+# ------------------------------------------------------------------------------------------------------- data
+
+#   name: (class, arguments of the training split, of the validation split)
+DATASETS = {
+    "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
+    "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
+    "dtd": (datasets.DTD, {"split": "train"}, {"split": "val"}),
+    "fgvc_aircraft": (datasets.FGVCAircraft, {"split": "trainval"}, {"split": "test"}),
+    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "val"}),
+    "food101": (datasets.Food101, {"split": "train"}, {"split": "test"}),
+    "imagenette": (datasets.Imagenette, {"split": "train"}, {"split": "val"}),
+    "oxford_pets": (datasets.OxfordIIITPet, {"split": "trainval"}, {"split": "test"}),
+    "stl10": (datasets.STL10, {"split": "train"}, {"split": "test"}),
+    "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
+}
+
+
+SHAPES = {  # signed distance to each outline in a cell of side 2, negative inside; y points down
+    "disc": lambda x, y: np.hypot(x, y) - 0.6,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.55) - 0.16,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.55,
+    "frame": lambda x, y: abs(np.maximum(abs(x), abs(y)) - 0.55) - 0.16,
+    "plus": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.18, np.maximum(abs(x), abs(y)) - 0.75),
+    "cross": lambda x, y: np.maximum(abs(abs(x) - abs(y)) / 2**0.5 - 0.18, (abs(x) + abs(y)) / 2**0.5 - 0.85),
+    "triangle": lambda x, y: np.maximum(y - 0.5, 0.87 * abs(x) - 0.5 * y - 0.3),
+    "chevron": lambda x, y: np.maximum(abs(y - 0.9 * abs(x) + 0.3) - 0.22, abs(x) - 0.75),
+    "equals": lambda x, y: np.maximum(abs(abs(y) - 0.45) - 0.17, abs(x) - 0.7),
+    "bar": lambda x, y: np.maximum(abs(x) - 0.2, abs(y) - 0.8),
+}
+
+
+class Shapes(torch.utils.data.Dataset):
+    """Embedded data set: 4 x 4 copies of one shape; its kind is the label, all else is drawn anew for each copy.
+
+    Item i -> uint8 array (size, size, 3) and label in 0 .. 9, a pure function of seed, split and i. A copy has its own
+    two colours, angle, place and scale, so the patches of an image share the kind of the shape and nothing else, and no
+    linear map of pixels sees it: either colour may be the brighter.
+    """
+
+    def __init__(self, size=32, seed=0, split="train"):
+        self.size, self.seed, self.val = size, seed, split == "val"
+        self.classes = list(SHAPES)
+        self.cell = -(-size // 4)
+        rng = np.random.default_rng(0)  # the stencils do not depend on the seed: (10 kinds, 64 variants, cell, cell) in [0, 1]
+        angle, scale, dx, dy = (rng.uniform(low, high, (64, 1, 1)) for low, high in
+                                ((-0.26, 0.26), (0.85, 1.15), (-0.24, 0.24), (-0.24, 0.24)))
+        at = (np.arange(self.cell) + 0.5) / self.cell * 2 - 1
+        x, y = at - dx, at[:, None] - dy
+        x, y = (np.cos(angle) * x + np.sin(angle) * y) / scale, (np.cos(angle) * y - np.sin(angle) * x) / scale
+        self.stencils = np.stack([np.clip(0.5 - outline(x, y) * scale * self.cell / 2, 0, 1) for outline in SHAPES.values()]).astype(np.float32)
+
+    def __len__(self):
+        return 4_000 if self.val else 20_000
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rng, label, cell = np.random.default_rng((self.seed, self.val, index)), index % len(SHAPES), self.cell
+        stencil = self.stencils[label, rng.integers(64, size=(4, 4))][..., None]  # (4, 4, cell, cell, 1)
+        ground, figure = rng.random((2, 4, 4, 1, 1, 3), dtype=np.float32)
+        image = (ground + (figure - ground) * stencil).transpose(0, 2, 1, 3, 4).reshape(4 * cell, 4 * cell, 3)[:self.size, :self.size]
+        image = image + 0.1 * rng.standard_normal(image.shape, dtype=np.float32)
+        return (image.clip(0, 1) * 255).astype(np.uint8), label
+
+
+def read_image(path):
+    """The image file as RGB; an OSError that names the path when it cannot be read."""
+    try:
+        return datasets.folder.pil_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        raise OSError(f"train.py: cannot read image {path} ({error}); replace or delete it") from None
+
+
+def open_data(data, root, split, seed=0, image_size=32):
+    """The `train` or `val` split of --data as (PIL image or uint8 array, label) pairs; exits in one line if it is not there."""
+    if data == "shapes":
+        return Shapes(image_size, seed, split)
+    if data in DATASETS:
+        make, *arguments = DATASETS[data]
+        try:
+            return make(root, **arguments[split == "val"], download=True)
+        except (OSError, RuntimeError, ImportError) as error:  # no network, no room, broken archive, missing scipy
+            sys.exit(f"train.py: --data {data} is not in {root} and cannot be had: {error}")
+    folder = Path(data)
+    if not folder.is_dir():
+        sys.exit(f"train.py: --data {data} is neither a folder nor one of shapes {' '.join(DATASETS)}")
+    if not (folder / split).is_dir():
+        sys.exit(f"train.py: {folder} has no {split}/ folder; expected {folder}/{split}/<class>/<image files>")
+    try:
+        return datasets.ImageFolder(folder / split, loader=read_image)
+    except FileNotFoundError as error:  # no class folder, or one without images
+        sys.exit(f"train.py: {folder / split}: {str(error).splitlines()[0]}")
+
+
+class Images(torch.utils.data.Dataset):
+    """Item (epoch, index) -> uint8 views (V, 3, S, S) and label, a pure function of seed, epoch and index.
+
+    augment none: V = 1, resized and centre-cropped. crop: V = 1, random resized crop and flip. color: V = 2, the same
+    crop twice with photometric changes of their own, one for the context and one for the target.
+    """
+
+    def __init__(self, source, size, augment="none", seed=0):
+        self.source, self.augment, self.seed = source, augment, seed
+        self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        self.crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.3, 1), antialias=True), v2.RandomHorizontalFlip()])
+        self.color = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2)])
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, label = self.source[index]
+        image = v2.functional.to_image(image if isinstance(image, np.ndarray) else image.convert("RGB"))
+        if self.augment == "none":
+            return self.resize(image)[None], label
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
+            torch.default_generator.manual_seed((self.seed * 100_003 + epoch) * 2**32 + index)
+            image = self.crop(image)
+            views = [self.color(image), self.color(image)] if self.augment == "color" else [image]
+        return torch.stack(views), label
+
+
+def to_float(images):
+    """uint8 (..., 3, H, W) -> float32 normalised with ImageNet's mean and standard deviation, on the same device."""
+    mean, std = (torch.tensor(c, device=images.device)[:, None, None] for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (images / 255 - mean) / std
+
+
+def batches(num_images, batch_size, first, last, seed, rank, world):
+    """This rank's share of every global batch of the steps first .. last - 1, as lists of (epoch, index)."""
+    per_epoch = num_images // batch_size
+    for step in range(first, last):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == first:
+            order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+        share = batch_size // world
+        start = i * batch_size + rank * share
+        yield [(epoch, index) for index in order[start:start + share]]
+
+
+def read(loader):
+    """The loader's batches; an unreadable image ends the program with its one line, not with a worker's traceback."""
+    try:
+        yield from loader
+    except OSError as error:
+        sys.exit(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
+
+
+# ------------------------------------------------------------------------------------------------- checkpoint
+
+# what may differ between the run that wrote a checkpoint and the one that continues it
+MAY_CHANGE = {"epochs", "steps", "workers", "save_every", "log_every", "device", "ckpt"}
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved; tensors and plain values only, so a pickle that runs code is refused."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"train.py: no checkpoint {path}; python train.py --ckpt {path} makes one")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        sys.exit(f"train.py: {path} is truncated or not a checkpoint of train.py ({type(error).__name__}); "
+                 "delete it or choose another --ckpt")
+    if not isinstance(checkpoint, dict) or not {"encoder", "predictor", "optimizer", "step", "rng", "args"} <= checkpoint.keys():
+        sys.exit(f"train.py: {path} is not a checkpoint of train.py; choose another --ckpt")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="shapes", help=f"shapes (embedded), a folder with train/ and val/, or one of {' '.join(DATASETS)}")
+    group.add_argument("--data-root", default="data", help="where torchvision data sets are downloaded to")
+    group.add_argument("--image-size", type=int, help="side in pixels, a multiple of the model's patch; by default that of small images, else 224")
+    group.add_argument("--augment", choices=["none", "crop", "color"], default="none",
+                       help="none: resize and centre crop; crop: random resized crop and flip; color: crop, then photometric "
+                            "changes drawn apart for context and target, so that colour is no shortcut")
+    group.add_argument("--workers", type=int, help="processes that load images; speed only")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="vit_{n,t,s,b,l,h}{patch}; n is for laptops; by default fits the data")
+    group.add_argument("--predictor", choices=["mlp", "transformer"], default="mlp",
+                       help="mlp sees the pooled context; transformer attends to its tokens")
+    group.add_argument("--masks", choices=["blocks", "random"], default="blocks", help="targets are rectangles, or scattered patches")
+    group = parser.add_argument_group("loss")
+    group.add_argument("--sigreg", choices=["spectral", "legendre", "sketched"], default="legendre", help="regularizer, see sigreg.py")
+    group.add_argument("--sigreg-on", choices=["pooled", "tokens"], default="pooled",
+                       help="its samples: the mean of each image's encoded tokens, or every encoded token")
+    group.add_argument("--lam", type=float, default=1.0, help="weight of SIGReg; larger spreads the embedding, smaller predicts better")
+    group.add_argument("--slices", type=int, default=1024, help="random directions a step of sketched SIGReg")
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--batch-size", type=int, help="images per step over all ranks")
+    group.add_argument("--epochs", type=int, help="passes over the data")
+    group.add_argument("--steps", type=int, help="stop after this many steps, whatever --epochs says")
+    group.add_argument("--lr", type=float, help="AdamW learning rate, constant; 1.5e-4 for data of ImageNet's size, else 1e-3")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="AdamW decay of everything but biases and norms")
+    group.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops, the masks and the slices")
+    group = parser.add_argument_group("run")
+    group.add_argument("--ckpt", default="ckpt.pt", help="written every --save-every steps, and continued from when it exists")
+    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    group.add_argument("--log-every", type=int, default=50, help="steps between lines of the log")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction,
+                       help="bfloat16 autocast of encoder and predictor; by default on GPUs only, and worth trying on CPUs with bfloat16 units")
+    group.add_argument("--compile", action="store_true", help="torch.compile encoder and predictor: slow start, faster steps")
+    args = parser.parse_args(argv)
+    for name, low in dict(lam=0, weight_decay=0, seed=0, workers=0).items():
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
+            sys.exit(f"train.py: --{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
+    for name in "image_size lr slices epochs steps save_every log_every".split():
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            sys.exit(f"train.py: --{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    return args
+
+
+def fill_in(args, train_set, world):
+    """Settings that fit the data, where the command line gave none: by the number of images and the size of the first."""
+    count, image = len(train_set), train_set[0][0]
+    side = min(image.shape[:2] if isinstance(image, np.ndarray) else image.size)
+    large = count >= 500_000
+    if args.model is None:
+        args.model = "vit_n8" if args.data == "shapes" else "vit_n4" if side <= 48 else "vit_n8" if side <= 96 else "vit_b16" if large else "vit_s16"
+    if args.image_size is None:
+        patch = int("".join(filter(str.isdigit, args.model)) or 1)
+        args.image_size = side // patch * patch if side <= 96 and side // patch >= 4 else 224 // patch * patch
+    if args.batch_size is None:
+        args.batch_size = min(4096 if large else 256, count) // world * world
+    args.epochs = args.epochs or (300 if large or side > 96 else 8 if args.data == "shapes" else 100)
+    args.lr = args.lr or (1.5e-4 if large else 1e-3)
+    if args.workers is None:  # the embedded set is cheaper to draw than to send between processes
+        args.workers = 0 if args.data == "shapes" else min(8, max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
+    args.amp = args.device.startswith("cuda") if args.amp is None else args.amp
+    if args.batch_size < 2 or args.batch_size > count:
+        sys.exit(f"train.py: --batch-size {args.batch_size} must be from 2 (SIGReg compares images) to the {count} images of the data")
+    if args.batch_size % world:
+        sys.exit(f"train.py: --batch-size {args.batch_size} is the global batch and must divide by the {world} ranks "
+                 f"(try {max(args.batch_size // world, 1) * world})")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device(args.device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # On CPUs torch's fused attention has a slow backward pass at these lengths: 3 to 12 times that of the plain one.
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
+
+    # ---- data, model, optimizer
+    if local_rank:
+        dist.barrier()  # the first process of each node downloads
+    train_set = open_data(args.data, args.data_root, "train", args.seed, args.image_size or 32)
+    if world > 1 and not local_rank:
+        dist.barrier()
+    fill_in(args, train_set, world)
+    if args.data == "shapes":
+        train_set = Shapes(args.image_size, args.seed)
+    images_of = Images(train_set, args.image_size, args.augment, args.seed)
+    last = args.steps or args.epochs * (len(train_set) // args.batch_size)
+    masks = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
+    torch.manual_seed(args.seed)
+    try:
+        encoder = vit(args.model, args.image_size).to(device)
+        masks(1, encoder.grid)
+    except ValueError as error:
+        sys.exit(str(error))
+    predictor = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor](encoder.dim, encoder.grid**2).to(device)
+    named = [*encoder.named_parameters(), *predictor.named_parameters()]
+    decayed = [p for name, p in named if name.endswith("weight") and p.ndim >= 2]
+    others = [p for name, p in named if not (name.endswith("weight") and p.ndim >= 2)]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=args.lr, weight_decay=args.weight_decay)
+
+    # ---- resume
+    ckpt, log = Path(args.ckpt), Path(args.ckpt).with_suffix(".jsonl")
+    step = 0
+    if ckpt.exists():
+        saved = load_checkpoint(ckpt)
+        for name, value in vars(args).items():
+            if name not in MAY_CHANGE and saved["args"].get(name) != value:
+                sys.exit(f"train.py: {ckpt} was trained with {name}={saved['args'].get(name)}, this command says {value}; "
+                         "repeat that setting or choose another --ckpt")
+        encoder.load_state_dict(saved["encoder"])
+        predictor.load_state_dict(saved["predictor"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        step = saved["step"]
+        if step >= last:
+            if rank == 0:
+                print(f"train.py: {ckpt} is finished: {step} of {last} steps; next: python probe.py {ckpt}")
+            return
+        if rank == 0:
+            print(f"train.py: continuing {ckpt} from step {step}")
+    elif not ckpt.absolute().parent.is_dir():
+        sys.exit(f"train.py: --ckpt {ckpt}: no such folder {ckpt.absolute().parent}")
+    writer = None
+    if rank == 0:
+        # after a resume each step stands once, and a line cut short by a kill goes
+        lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+        header = json.dumps({"command": " ".join(sys.argv), "args": vars(args)}) + "\n"
+        log.write_text("".join(kept or [header]))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(ckpt.with_suffix(".tb"), purge_step=step + 1)
+        except ImportError:
+            pass
+        print(f"{args.model} at {args.image_size} px, {sum(p.numel() for _, p in named):,} parameters, on {len(train_set):,} images of "
+              f"{args.data}: {last} steps of {args.batch_size} on {world} x {device.type}")
+
+    # ---- training
+    encode, predict = encoder, predictor  # the raw modules keep their names for the checkpoint
+    if args.compile:
+        encode, predict = torch.compile(encode, dynamic=True), torch.compile(predict, dynamic=True)  # mask sizes change by the step
+    if world > 1:
+        ids = [local_rank] if device.type == "cuda" else None
+        encode, predict = (DistributedDataParallel(m, device_ids=ids, broadcast_buffers=False) for m in (encode, predict))
+    share = args.batch_size // world
+    loader = torch.utils.data.DataLoader(
+        images_of, batch_sampler=batches(len(train_set), args.batch_size, step, last, args.seed, rank, world),
+        num_workers=args.workers, pin_memory=device.type == "cuda")
+    healthy = torch.ones((), dtype=torch.bool, device=device)
+    logged, start = step, time.perf_counter()
+    for step, (images, _) in enumerate(read(loader), step + 1):
+        images = to_float(images.to(device, non_blocking=True))  # (B, V, 3, S, S), B this rank's share of the batch
+
+        # Every rank draws the masks of the whole batch and takes its rows: same sizes everywhere, any number of ranks.
+        generator = torch.Generator().manual_seed(args.seed * 100_003 + step)
+        context, targets = (m[rank * share:(rank + 1) * share].to(device, non_blocking=True)
+                            for m in masks(args.batch_size, encoder.grid, generator=generator))
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            z_context = encode(images[:, 0], context)  # (B, 1 + Nc, D)
+            z_target = encode(images[:, -1], targets)  # (B, K, 1 + Nt, D), the same encoder, with its gradient
+            z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
+
+        tokens = torch.cat([z_context, z_target.flatten(1, 2)], dim=1).float()
+        pooled = tokens.mean(1)  # (B, D)
+        z_batch = pooled if args.sigreg_on == "pooled" else tokens.flatten(0, 1)
+        if args.sigreg == "spectral":
+            reg = spectral_sigreg(z_batch)
+        elif args.sigreg == "legendre":
+            reg = legendre_sigreg(z_batch)
+        else:
+            reg = sketched_sigreg(z_batch, random_directions(encoder.dim, args.slices, args.seed * 100_003 + step, device))
+        pred = prediction_loss(z_pred, z_target[:, :, 1:])
+        loss = pred + args.lam * reg
+
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
+
+        log_now = step % args.log_every == 0 or step == last
+        save_now = step % args.save_every == 0 or step == last
+        if log_now or save_now:
+            # weights too: a finite loss can have made a non-finite step
+            if not healthy or not all(p.isfinite().all() for _, p in named):
+                sys.exit(f"train.py: the loss or a weight became non-finite by step {step}; {ckpt} is untouched since its last save; "
+                         "lower --lr or --lam")
+        if log_now:
+            with torch.no_grad():
+                erank, std = effective_rank(pooled).item(), embedding_std(pooled).item()  # collective: on every rank
+            if rank == 0:
+                speed = (step - logged) * args.batch_size / (time.perf_counter() - start)
+                memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                left = time.strftime("%H:%M:%S", time.gmtime((last - step) * args.batch_size / speed))
+                row = {"step": step, "epoch": (step - 1) * args.batch_size // len(train_set), "loss": loss.item(), "pred": pred.item(),
+                       "sigreg": reg.item(), "erank": erank, "std": std, "lr": args.lr, "images_per_s": round(speed, 1)}
+                print(f"step {step}/{last}  epoch {row['epoch']}  loss {row['loss']:.4f}  pred {row['pred']:.4f}  sigreg {row['sigreg']:.4f}  "
+                      f"erank {erank:.1f}/{encoder.dim}  std {std:.3f}  {speed:.0f} img/s  {memory:.1f} GB  eta {left}", flush=True)
+                with log.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                for key, value in row.items():
+                    if writer and key != "step":
+                        writer.add_scalar(key, value, step)
+            logged, start = step, time.perf_counter()
+        if save_now and rank == 0:
+            temporary = ckpt.with_name(ckpt.name + ".tmp")
+            torch.save({"encoder": encoder.state_dict(), "predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(),
+                        "step": step, "rng": torch.get_rng_state(), "data": args.data, "args": vars(args)}, temporary)
+            temporary.replace(ckpt)  # atomic: a kill leaves the old file or the new one
+
+    if rank == 0:
+        print(f"train.py: finished {last} steps; next: python probe.py {ckpt}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
