@@ -368,7 +368,7 @@ def test_predictors_share_a_call_and_use_their_input(predictor):
     predict = predictor(32, 64)
     z = predict(tokens, context, targets)
     assert z.shape == (*targets.shape, 32)
-    assert torch.autograd.grad(z.square().sum(), tokens)[0].abs().amax((1, 2)).min() > 0
+    assert torch.autograd.grad(z.square().sum(), tokens, retain_graph=True)[0].abs().amax((1, 2)).min() > 0
     assert not torch.allclose(z, predict(tokens, context, (targets + 1) % 64))  # the position matters
     z[0].sum().backward()
     assert tokens.grad[1:].abs().max() == 0  # images do not mix

@@ -149,8 +149,8 @@ class Images(torch.utils.data.Dataset):
         image = v2.functional.to_image(image if isinstance(image, np.ndarray) else image.convert("RGB"))
         if self.augment == "none":
             return self.resize(image)[None], label
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
-            torch.default_generator.manual_seed((self.seed * 100_003 + epoch) * 2**32 + index)
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator, which keeps 32 bits of a seed
+            torch.default_generator.manual_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
             image = self.crop(image)
             views = [self.color(image), self.color(image)] if self.augment == "color" else [image]
         return torch.stack(views), label
