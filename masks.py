@@ -17,7 +17,7 @@ import torch
 
 
 def _check(batch_size, grid, num_targets, **scales):
-    """Validated (height, width, generator device independent) grid; one-line errors that name the argument."""
+    """(height, width) of the grid once the arguments are found legal; else a one-line error that names the argument."""
     height, width = (grid, grid) if isinstance(grid, int) else grid
     if batch_size < 1:
         raise ValueError(f"masks.py: batch_size must be at least 1, got {batch_size}")
@@ -136,28 +136,26 @@ def random_masks(batch_size, grid, num_targets=4, target_scale=(0.15, 0.2), cont
 
 
 def main():
-    """A sheet of synthetic images: as they are, then with the context green and each target block in its own red."""
+    """A sheet of synthetic images: as they are, then in grey, tinted by what each patch is under three settings."""
     from torchvision.utils import save_image
 
     from train import Shapes
 
-    size, grid, count, scale = 224, 14, 10, 14
-    images = torch.stack([torch.from_numpy(Shapes(size, seed=0)[i][0]) for i in range(count)]).permute(0, 3, 1, 2) / 255
+    size, grid, count = 112, 14, 10
+    images = torch.stack([torch.from_numpy(Shapes(size)[i][0]) for i in range(count)]).permute(0, 3, 1, 2) / 255
+    #                      context          targets
+    tints = torch.tensor([[0.2, 0.9, 0.3], [1, 0.3, 0.2], [1, 0.7, 0.1], [0.9, 0.4, 0.9], [0.4, 0.6, 1]])
     sheet = [images]
-    tints = torch.tensor([[1, 0.2, 0.1], [1, 0.6, 0], [0.8, 0.2, 0.8], [0.3, 0.4, 1]])
-    settings = [multi_block_masks, random_masks,
-                lambda *a, **k: multi_block_masks(*a, num_targets=2, target_scale=(0.05, 0.1), **k)]
-    for masks in settings:
+    for masks in (multi_block_masks, random_masks, lambda *a, **k: multi_block_masks(*a, num_targets=2, target_scale=(0.05, 0.1), **k)):
         context, targets = masks(count, grid, generator=torch.Generator().manual_seed(0))
-        colour = torch.full((count, grid * grid, 3), 0.15)  # what neither branch sees stays dark
-        colour.scatter_(1, context[..., None].expand(-1, -1, 3), torch.tensor([0.1, 0.8, 0.3]).expand(count, context.shape[1], 3))
-        for k in range(targets.shape[1]):
-            colour.scatter_(1, targets[:, k, :, None].expand(-1, -1, 3), tints[k].expand(count, targets.shape[2], 3))
-        colour = colour.view(count, grid, grid, 3).permute(0, 3, 1, 2).repeat_interleave(size // grid, 2).repeat_interleave(size // grid, 3)
-        sheet.append(0.45 * images + 0.55 * colour)
+        tint = torch.full((count, grid * grid, 3), 0.25)  # what neither branch sees stays dark
+        for indices, colour in zip([context, *targets.unbind(1)], tints):
+            tint[torch.arange(count)[:, None], indices] = colour
+        tint = tint.view(count, grid, grid, 3).permute(0, 3, 1, 2)
+        sheet.append((0.3 + 0.7 * images.mean(1, keepdim=True)) * torch.nn.functional.interpolate(tint, size=size))
         print(f"context {tuple(context.shape)}, targets {tuple(targets.shape)} of {grid * grid} patches")
     save_image(torch.cat(sheet), "masks.png", nrow=count)
-    print("masks.png: rows are the images, multi_block_masks, random_masks, and 2 small blocks; context green, targets "
+    print("masks.png: rows are the images, multi_block_masks, random_masks, and 2 smaller blocks; context green, targets "
           "in other colours, dark is seen by neither")
 
 
