@@ -80,7 +80,7 @@ def main(argv=None):
     parser.add_argument("--untrained", action="store_true", help="probe the encoder as train.py's seed initialises it")
     parser.add_argument("--pool", choices=["avg", "cls"], default="avg", help="mean of the patch tokens, or the CLS token")
     parser.add_argument("--data-root", help="where torchvision data sets are; by default as in training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--workers", type=int, help="processes that load images; by default as in training")
     options = parser.parse_args(argv)
 
@@ -97,7 +97,7 @@ def main(argv=None):
     workers = args["workers"] if options.workers is None else options.workers
     for split in ("train", "val"):
         source = open_data(args["data"], options.data_root or args["data_root"], split, args["seed"], args["image_size"])
-        features[split] = extract_features(encoder, Images(source, args["image_size"]), options.pool, workers=workers, amp=options.device != "cpu")
+        features[split] = extract_features(encoder, Images(source, args["image_size"]), options.pool, workers=workers, amp=options.device.startswith("cuda"))
     (train_x, train_y), (val_x, val_y) = features["train"], features["val"]
     result = {
         "ckpt": options.ckpt, "data": args["data"], "model": args["model"], "image_size": args["image_size"], "pool": options.pool,

@@ -423,7 +423,7 @@ def test_log_and_checkpoint(trained):
     ["--sigreg", "spectral", "--predictor", "transformer"],
     ["--sigreg", "sketched", "--masks", "random", "--lam", "0.05", "--amp"],
     ["--sigreg-on", "tokens", "--augment", "color", "--model", "vit_n4"],
-    ["--augment", "crop", "--model", "vit_t8", "--image-size", "40"],
+    ["--augment", "crop", "--model", "vit_t8", "--image-size", "40", "--num-targets", "3", "--target-scale", "0.1", "0.2", "--min-context", "0.3"],
 ])
 def test_every_choice_trains(arguments, tmp_path):
     checkpoint = run_train(tmp_path, "--steps", "2", *arguments)
@@ -565,6 +565,9 @@ def refuse(arguments, match):
     (["--batch-size", "20001"], "20001.*20000 images"),
     (["--image-size", "8"], "grid"),
     (["--steps", "0"], "--steps 0"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--target-scale", "0.5", "1.5"], "target_scale"),
+    (["--min-context", "2"], "min_context"),
     (["--ckpt", "no/such/folder/ckpt.pt"], "no such folder"),
 ])
 def test_bad_settings(arguments, match, tmp_path, monkeypatch):

@@ -211,19 +211,24 @@ def parse_args(argv=None):
     group.add_argument("--data", default="shapes", help=f"shapes (embedded), a folder with train/ and val/, or one of {' '.join(DATASETS)}")
     group.add_argument("--data-root", default="data", help="where torchvision data sets are downloaded to")
     group.add_argument("--image-size", type=int, help="side in pixels, a multiple of the model's patch; by default that of small images, else 224")
-    group.add_argument("--augment", choices=["none", "crop", "color"], default="none",
-                       help="none: resize and centre crop; crop: random resized crop and flip; color: crop, then photometric "
-                            "changes drawn apart for context and target, so that colour is no shortcut")
+    group.add_argument("--augment", choices=["none", "crop", "color"],
+                       help="none: resize and centre crop; crop: random resized crop and flip (default for small photographs); "
+                            "color: crop, then photometric changes drawn apart for context and target, so that colour is no shortcut")
     group.add_argument("--workers", type=int, help="processes that load images; speed only")
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="vit_{n,t,s,b,l,h}{patch}; n is for laptops; by default fits the data")
     group.add_argument("--predictor", choices=["mlp", "transformer"], default="mlp",
                        help="mlp sees the pooled context; transformer attends to its tokens")
     group.add_argument("--masks", choices=["blocks", "random"], default="blocks", help="targets are rectangles, or scattered patches")
+    group.add_argument("--num-targets", type=int, help="targets an image; 2 on small images, else 4")
+    group.add_argument("--target-scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="share of the patches in a target; 0.4 0.6 on small images, else I-JEPA's 0.15 0.2")
+    group.add_argument("--min-context", type=float, help="least share of the patches that the context keeps; 0.35 on small images, else 0.25")
     group = parser.add_argument_group("loss")
     group.add_argument("--sigreg", choices=["spectral", "legendre", "sketched"], default="legendre", help="regularizer, see sigreg.py")
-    group.add_argument("--sigreg-on", choices=["pooled", "tokens"], default="pooled",
-                       help="its samples: the mean of each image's encoded tokens, or every encoded token")
+    group.add_argument("--sigreg-on", choices=["pooled", "tokens"],
+                       help="its samples: the mean of each image's encoded tokens (default for shapes; wants a batch of several "
+                            "times the width), or every encoded token (default for photographs)")
     group.add_argument("--lam", type=float, default=1.0, help="weight of SIGReg; larger spreads the embedding, smaller predicts better")
     group.add_argument("--slices", type=int, default=1024, help="random directions a step of sketched SIGReg")
     group = parser.add_argument_group("optimization")
@@ -237,7 +242,7 @@ def parse_args(argv=None):
     group.add_argument("--ckpt", default="ckpt.pt", help="written every --save-every steps, and continued from when it exists")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     group.add_argument("--log-every", type=int, default=50, help="steps between lines of the log")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction,
                        help="bfloat16 autocast of encoder and predictor; by default on GPUs only, and worth trying on CPUs with bfloat16 units")
     group.add_argument("--compile", action="store_true", help="torch.compile encoder and predictor: slow start, faster steps")
@@ -245,7 +250,7 @@ def parse_args(argv=None):
     for name, low in dict(lam=0, weight_decay=0, seed=0, workers=0).items():
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             sys.exit(f"train.py: --{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
-    for name in "image_size lr slices epochs steps save_every log_every".split():
+    for name in "image_size lr slices epochs steps save_every log_every num_targets min_context".split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             sys.exit(f"train.py: --{name.replace('_', '-')} {getattr(args, name)} must be above 0")
     return args
@@ -253,17 +258,22 @@ def parse_args(argv=None):
 
 def fill_in(args, train_set, world):
     """Settings that fit the data, where the command line gave none: by the number of images and the size of the first."""
-    count, image = len(train_set), train_set[0][0]
+    count, image = len(train_set), next(read(train_set))[0]
     side = min(image.shape[:2] if isinstance(image, np.ndarray) else image.size)
-    large = count >= 500_000
+    large, small = count >= 500_000, side <= 96
     if args.model is None:
         args.model = "vit_n8" if args.data == "shapes" else "vit_n4" if side <= 48 else "vit_n8" if side <= 96 else "vit_b16" if large else "vit_s16"
     if args.image_size is None:
         patch = int("".join(filter(str.isdigit, args.model)) or 1)
-        args.image_size = side // patch * patch if side <= 96 and side // patch >= 4 else 224 // patch * patch
+        args.image_size = side // patch * patch if small and side // patch >= 4 else 224 // patch * patch
     if args.batch_size is None:
         args.batch_size = min(4096 if large else 256, count) // world * world
-    args.epochs = args.epochs or (300 if large or side > 96 else 8 if args.data == "shapes" else 100)
+    args.augment = args.augment or ("crop" if small and args.data != "shapes" else "none")
+    args.sigreg_on = args.sigreg_on or ("pooled" if args.data == "shapes" else "tokens")
+    args.num_targets = args.num_targets or (2 if small else 4)
+    args.target_scale = args.target_scale or ([0.4, 0.6] if small else [0.15, 0.2])
+    args.min_context = args.min_context or (0.35 if small else 0.25)
+    args.epochs = args.epochs or (300 if not small else 5 if args.data == "shapes" else 100)
     args.lr = args.lr or (1.5e-4 if large else 1e-3)
     if args.workers is None:  # the embedded set is cheaper to draw than to send between processes
         args.workers = 0 if args.data == "shapes" else min(8, max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
@@ -278,13 +288,16 @@ def fill_in(args, train_set, world):
 def main(argv=None):
     args = parse_args(argv)
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device(args.device)
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"train.py: --device {args.device}: {str(error).splitlines()[0]}")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    # On CPUs torch's fused attention has a slow backward pass at these lengths: 3 to 12 times that of the plain one.
+    # On CPUs the backward pass of torch's fused attention is slow at these lengths: 1.9 to 4 times the plain one's time, 6 to 12 in bfloat16.
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
 
     # ---- data, model, optimizer
@@ -298,11 +311,12 @@ def main(argv=None):
         train_set = Shapes(args.image_size, args.seed)
     images_of = Images(train_set, args.image_size, args.augment, args.seed)
     last = args.steps or args.epochs * (len(train_set) // args.batch_size)
-    masks = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
+    make_masks = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
+    mask_settings = dict(num_targets=args.num_targets, target_scale=args.target_scale, min_context=args.min_context)
     torch.manual_seed(args.seed)
     try:
         encoder = vit(args.model, args.image_size).to(device)
-        masks(1, encoder.grid)
+        make_masks(1, encoder.grid, **mask_settings)
     except ValueError as error:
         sys.exit(str(error))
     predictor = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor](encoder.dim, encoder.grid**2).to(device)
@@ -367,7 +381,7 @@ def main(argv=None):
         # Every rank draws the masks of the whole batch and takes its rows: same sizes everywhere, any number of ranks.
         generator = torch.Generator().manual_seed(args.seed * 100_003 + step)
         context, targets = (m[rank * share:(rank + 1) * share].to(device, non_blocking=True)
-                            for m in masks(args.batch_size, encoder.grid, generator=generator))
+                            for m in make_masks(args.batch_size, encoder.grid, generator=generator, **mask_settings))
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             z_context = encode(images[:, 0], context)  # (B, 1 + Nc, D)
@@ -403,7 +417,8 @@ def main(argv=None):
                 erank, std = effective_rank(pooled).item(), embedding_std(pooled).item()  # collective: on every rank
             if rank == 0:
                 speed = (step - logged) * args.batch_size / (time.perf_counter() - start)
-                memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS
+                memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**30
                 left = time.strftime("%H:%M:%S", time.gmtime((last - step) * args.batch_size / speed))
                 row = {"step": step, "epoch": (step - 1) * args.batch_size // len(train_set), "loss": loss.item(), "pred": pred.item(),
                        "sigreg": reg.item(), "erank": erank, "std": std, "lr": args.lr, "images_per_s": round(speed, 1)}
