@@ -219,6 +219,8 @@ def rank_main(rank, shares, folder, exact):
         result[name] = value.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
+    del net, value  # see the end of train.py
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -439,6 +439,9 @@ def main(argv=None):
     if rank == 0:
         print(f"train.py: finished {last} steps; next: python probe.py {ckpt}")
     if world > 1:
+        # gloo's thread must drop the last step's tensors first: with torch 2.11 the end of the process group can wait for it forever
+        del encode, predict
+        dist.barrier()
         dist.destroy_process_group()
 
 
