@@ -1,6 +1,6 @@
 """Train LeJEPA by masked prediction: one encoder, a light predictor, MSE + lam * SIGReg, nothing else.
 
-    python train.py                                             # embedded set `shapes`, minutes on a laptop, writes ckpt.pt
+    python train.py                                             # embedded set `shapes`: 2 minutes on 2 cores, ckpt.pt
     python train.py --data cifar10                              # a torchvision data set, downloaded on first use
     python train.py --data /data/photos                         # a folder with train/<class>/ and val/<class>/
     torchrun --nproc_per_node=8 train.py --data /data/imagenet --model vit_b16      # one node, 8 GPUs
