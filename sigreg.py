@@ -177,14 +177,32 @@ def sketched_sigreg(z, directions, knots=17, t_max=3.0):
         return statistic.mean()
 
 
-def prediction_loss(z_pred, z_target):
-    """Mean squared error over all elements of the global batch, in at least float32, gradients to both sides."""
+def centre(z):
+    """z (B, ..., D) less its mean over the global batch, taken apart for every index but the first; at least float32.
+
+    With one mask for the batch, index j is one patch position in every image. What is left is what sets the images apart:
+    a token's position and the outline of its block are the same for all, so neither predicting them nor spreading them pays.
+    """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    count, total = _sum_over_ranks(z.new_tensor([len(z)]), z.sum(0))
+    return z - total / count
+
+
+def prediction_loss(z_pred, z_target, relative=False):
+    """Mean squared error over all elements of the global batch, in at least float32, gradients to both sides.
+
+        relative:  sum |z_pred - z_target|^2 / sum |z_target|^2
+
+    For centred targets (see centre) the relative loss is the share of their variance that is left unexplained: 1 for predicting
+    their mean, 0 for predicting all; shrinking the targets gains nothing. z_pred, z_target of one shape -> scalar >= 0.
+    """
     if z_pred.shape != z_target.shape:
         raise ValueError(f"sigreg.py: z_pred {tuple(z_pred.shape)} and z_target {tuple(z_target.shape)} differ in shape")
-    dtype = torch.promote_types(z_pred.dtype, torch.float32)
-    error = (z_pred.to(dtype) - z_target.to(dtype)).square().sum().view(1)
-    total, count = _sum_over_ranks(error, error.new_tensor([z_pred.numel()]))
-    return (total / count).squeeze()
+    z_pred, z_target = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_pred, z_target))
+    error, scale, count = _sum_over_ranks((z_pred - z_target).square().sum().view(1), z_target.square().sum().view(1),
+                                          z_target.new_tensor([z_target.numel()]))
+    # targets that are all equal have nothing to predict: 0 / tiny, not 0 / 0
+    return (error / (scale.clamp_min(torch.finfo(scale.dtype).tiny) if relative else count)).squeeze()
 
 
 def lejepa_loss(z_pred, z_target, z_batch, lam=1.0):

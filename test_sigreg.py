@@ -171,6 +171,22 @@ def test_lejepa_loss_has_all_gradients():
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, (z_pred, z_target, z_batch)))
 
 
+def test_relative_prediction_loss_is_the_unexplained_share():
+    target = sigreg.centre(gaussian(20, 6 * 5).view(20, 6, 5) * 3 + 7)
+    assert target.mean(0).abs().max() < 1e-13
+    target.requires_grad_()
+    assert sigreg.prediction_loss(torch.zeros_like(target), target, relative=True).item() == pytest.approx(1, rel=1e-12)
+    assert sigreg.prediction_loss(target, target, relative=True) == 0
+    guess = gaussian(20, 6 * 5, seed=1).view(20, 6, 5)
+    loss = sigreg.prediction_loss(guess, target, relative=True)
+    assert loss.item() == pytest.approx(((guess - target).square().mean() / target.square().mean()).item(), rel=1e-12)
+    # shrinking prediction and targets together lowers the squared error and not this
+    (slope,) = torch.autograd.grad(sigreg.prediction_loss(0.5 * target, target, relative=True), target)
+    assert (slope * target).sum().abs() < 1e-12
+    flat = torch.zeros(4, 3, requires_grad=True)
+    assert torch.autograd.grad(sigreg.prediction_loss(flat, flat, relative=True), flat)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("call", [
     lambda: sigreg.spectral_sigreg(torch.zeros(3)),
     lambda: sigreg.legendre_sigreg(torch.zeros(3, 4, 5)),
@@ -197,6 +213,7 @@ LOSSES = {
     "legendre": lambda z: sigreg.legendre_sigreg(z),
     "sketched": lambda z: sigreg.sketched_sigreg(z, sigreg.random_directions(z.shape[1], 20, seed=1)),
     "lejepa": lambda z: sigreg.lejepa_loss(z.sin(), z, z, lam=0.7),
+    "relative": lambda z: sigreg.prediction_loss(z.sin(), sigreg.centre(z), relative=True),
 }
 
 

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 from masks import multi_block_masks, random_masks
 from model import MLPPredictor, TransformerPredictor, vit
-from sigreg import effective_rank, embedding_std, legendre_sigreg, prediction_loss, random_directions, sketched_sigreg, spectral_sigreg
+from sigreg import centre, effective_rank, embedding_std, legendre_sigreg, prediction_loss, random_directions, sketched_sigreg, spectral_sigreg
 
 # ------------------------------------------------------------------------------------------------------- data
 
@@ -212,19 +212,25 @@ def parse_args(argv=None):
     group.add_argument("--data-root", default="data", help="where torchvision data sets are downloaded to")
     group.add_argument("--image-size", type=int, help="side in pixels, a multiple of the model's patch; by default that of small images, else 224")
     group.add_argument("--augment", choices=["none", "crop", "color"],
-                       help="none: resize and centre crop; crop: random resized crop and flip (default for small photographs); "
-                            "color: crop, then photometric changes drawn apart for context and target, so that colour is no shortcut")
+                       help="none: resize and centre crop; crop: random resized crop and flip; color: crop, then photometric changes "
+                            "drawn apart for context and target, so that colour is no shortcut (default for small photographs)")
     group.add_argument("--workers", type=int, help="processes that load images; speed only")
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="vit_{n,t,s,b,l,h}{patch}; n is for laptops; by default fits the data")
     group.add_argument("--predictor", choices=["mlp", "transformer"], default="mlp",
                        help="mlp sees the pooled context; transformer attends to its tokens")
     group.add_argument("--masks", choices=["blocks", "random"], default="blocks", help="targets are rectangles, or scattered patches")
-    group.add_argument("--num-targets", type=int, help="targets an image; 2 on small images, else 4")
+    group.add_argument("--masks-per", choices=["batch", "image"],
+                       help="batch: all images of a step share one mask, so that its outline, which context and target both know, "
+                            "is no shortcut (default for photographs); image: one each")
+    group.add_argument("--num-targets", type=int, help="targets an image; 2 on shapes, 1 on small photographs, else 4")
     group.add_argument("--target-scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
                        help="share of the patches in a target; 0.4 0.6 on small images, else I-JEPA's 0.15 0.2")
     group.add_argument("--min-context", type=float, help="least share of the patches that the context keeps; 0.35 on small images, else 0.25")
     group = parser.add_argument_group("loss")
+    group.add_argument("--pred", choices=["relative", "mse"],
+                       help="relative: the share of the targets' variance left unexplained, so that shrinking them gains nothing "
+                            "(default for photographs); mse: mean squared error, as source A has it")
     group.add_argument("--sigreg", choices=["spectral", "legendre", "sketched"], default="legendre", help="regularizer, see sigreg.py")
     group.add_argument("--sigreg-on", choices=["pooled", "tokens"],
                        help="its samples: the mean of each image's encoded tokens (default for shapes; wants a batch of several "
@@ -268,9 +274,11 @@ def fill_in(args, train_set, world):
         args.image_size = side // patch * patch if small and side // patch >= 4 else 224 // patch * patch
     if args.batch_size is None:
         args.batch_size = min(4096 if large else 256, count) // world * world
-    args.augment = args.augment or ("crop" if small and args.data != "shapes" else "none")
+    args.augment = args.augment or ("color" if small and args.data != "shapes" else "none")
     args.sigreg_on = args.sigreg_on or ("pooled" if args.data == "shapes" else "tokens")
-    args.num_targets = args.num_targets or (2 if small else 4)
+    args.masks_per = args.masks_per or ("image" if args.data == "shapes" else "batch")
+    args.pred = args.pred or ("mse" if args.data == "shapes" else "relative")
+    args.num_targets = args.num_targets or (2 if args.data == "shapes" else 1 if small else 4)
     args.target_scale = args.target_scale or ([0.4, 0.6] if small else [0.15, 0.2])
     args.min_context = args.min_context or (0.35 if small else 0.25)
     args.epochs = args.epochs or (300 if not small else 5 if args.data == "shapes" else 100)
@@ -283,6 +291,13 @@ def fill_in(args, train_set, world):
     if args.batch_size % world:
         sys.exit(f"train.py: --batch-size {args.batch_size} is the global batch and must divide by the {world} ranks "
                  f"(try {max(args.batch_size // world, 1) * world})")
+
+
+def regularize(z, args, step):
+    """SIGReg of z (N, D) as --sigreg says; the sketched one draws new directions every step."""
+    if args.sigreg == "sketched":
+        return sketched_sigreg(z, random_directions(z.shape[1], args.slices, args.seed * 100_003 + step, z.device))
+    return {"spectral": spectral_sigreg, "legendre": legendre_sigreg}[args.sigreg](z)
 
 
 def main(argv=None):
@@ -380,24 +395,24 @@ def main(argv=None):
 
         # Every rank draws the masks of the whole batch and takes its rows: same sizes everywhere, any number of ranks.
         generator = torch.Generator().manual_seed(args.seed * 100_003 + step)
-        context, targets = (m[rank * share:(rank + 1) * share].to(device, non_blocking=True)
-                            for m in make_masks(args.batch_size, encoder.grid, generator=generator, **mask_settings))
+        masks = make_masks(args.batch_size if args.masks_per == "image" else 1, encoder.grid, generator=generator, **mask_settings)
+        rows = torch.arange(rank * share, (rank + 1) * share) % len(masks[0])
+        context, targets = (m[rows].to(device, non_blocking=True) for m in masks)  # (B, Nc), (B, K, Nt)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             z_context = encode(images[:, 0], context)  # (B, 1 + Nc, D)
             z_target = encode(images[:, -1], targets)  # (B, K, 1 + Nt, D), the same encoder, with its gradient
             z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
 
-        tokens = torch.cat([z_context, z_target.flatten(1, 2)], dim=1).float()
-        pooled = tokens.mean(1)  # (B, D)
-        z_batch = pooled if args.sigreg_on == "pooled" else tokens.flatten(0, 1)
-        if args.sigreg == "spectral":
-            reg = spectral_sigreg(z_batch)
-        elif args.sigreg == "legendre":
-            reg = legendre_sigreg(z_batch)
+        pooled = torch.cat([z_context, z_target.flatten(1, 2)], dim=1).float().mean(1)  # (B, D)
+        c_context, c_target = centre(z_context), centre(z_target)  # what sets the images apart at each place of the mask
+        # Context and target tokens are two samples: in one, the context can carry the spread while the targets shrink.
+        samples = [pooled] if args.sigreg_on == "pooled" else [c_context.flatten(0, 1), c_target.flatten(0, 2)]
+        reg = sum(regularize(z, args, step) for z in samples) / len(samples)
+        if args.pred == "relative":
+            pred = prediction_loss(z_pred, c_target[:, :, 1:], relative=True)
         else:
-            reg = sketched_sigreg(z_batch, random_directions(encoder.dim, args.slices, args.seed * 100_003 + step, device))
-        pred = prediction_loss(z_pred, z_target[:, :, 1:])
+            pred = prediction_loss(z_pred, z_target[:, :, 1:])
         loss = pred + args.lam * reg
 
         loss.backward()
