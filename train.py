@@ -405,12 +405,12 @@ def main(argv=None):
             z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
 
         pooled = torch.cat([z_context, z_target.flatten(1, 2)], dim=1).float().mean(1)  # (B, D)
-        c_context, c_target = centre(z_context), centre(z_target)  # what sets the images apart at each place of the mask
-        # Context and target tokens are two samples: in one, the context can carry the spread while the targets shrink.
+        c_context, c_target = centre(z_context[:, 1:]), centre(z_target[:, :, 1:])  # what sets the images apart at each patch
+        # Context and target are two samples, and CLS is in neither: tokens that nobody predicts could carry the spread alone.
         samples = [pooled] if args.sigreg_on == "pooled" else [c_context.flatten(0, 1), c_target.flatten(0, 2)]
         reg = sum(regularize(z, args, step) for z in samples) / len(samples)
         if args.pred == "relative":
-            pred = prediction_loss(z_pred, c_target[:, :, 1:], relative=True)
+            pred = prediction_loss(z_pred, c_target, relative=True)
         else:
             pred = prediction_loss(z_pred, z_target[:, :, 1:])
         loss = pred + args.lam * reg
