@@ -38,9 +38,13 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(grad)
 
 
+def _world():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _sum_over_ranks(*tensors):
     """Global sums of the given tensors, in one collective; the tensors themselves when there is one process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if _world() == 1:
         return tensors
     flat = _SumOverRanks.apply(torch.cat([t.reshape(-1) for t in tensors]))
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
@@ -49,6 +53,20 @@ def _sum_over_ranks(*tensors):
 def _check(z):
     if z.ndim != 2 or not z.is_floating_point():
         raise ValueError(f"sigreg.py: z must be a float tensor of shape (N, D), got {z.dtype} {tuple(z.shape)}")
+
+
+class _Gram(torch.autograd.Function):
+    """z^T z. Its gradient z (G + G^T) is one product; autograd's own takes two, one for each factor."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.T @ z
+
+    @staticmethod
+    def backward(ctx, grad):
+        (z,) = ctx.saved_tensors
+        return z @ (grad + grad.T)
 
 
 def _moments(z):
@@ -61,7 +79,7 @@ def _moments(z):
     z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
     n, total, squares = _sum_over_ranks(z.new_tensor([len(z)]), z.sum(0), z.square().sum().view(1))
     mean = total / n
-    (gram,) = _sum_over_ranks((z - mean).T @ (z - mean))
+    (gram,) = _sum_over_ranks(_Gram.apply(z - mean))
     return n, mean, gram, squares
 
 
@@ -109,9 +127,10 @@ def effective_rank(z):
 
 
 def embedding_std(z):
-    """Root mean variance of the columns over the global batch, sqrt(tr cov / D). z (N, D) -> scalar >= 0, float64."""
-    n, _, gram, _ = _moments(z)
-    return (gram.trace() / (n * len(gram))).sqrt().squeeze()
+    """Root mean variance of the columns over the global batch, sqrt(tr cov / D). z (N, D) -> scalar >= 0, float32 or better."""
+    z = centre(z)
+    count, squares = _sum_over_ranks(z.new_tensor([z.numel()]), z.square().sum().view(1))
+    return (squares / count).sqrt().squeeze()
 
 
 def legendre_sigreg(z):
@@ -147,6 +166,65 @@ def random_directions(dim, num_slices, seed, device=None):
     return (directions / directions.norm(dim=0)).to(device)
 
 
+def sketched_sigreg_plain(z, directions, knots=17, t_max=3.0):
+    """The definition of sketched_sigreg for one process, as it reads on paper; N M knots numbers in memory, several times."""
+    t = torch.linspace(0, t_max, knots, dtype=z.dtype, device=z.device)
+    phi = torch.exp(-t.square() / 2)
+    w = phi * t_max / (knots - 1) * torch.tensor([1.0] + [2.0] * (knots - 2) + [1.0]).to(z)
+    angle = (z @ directions)[..., None] * t  # (N, M, knots)
+    statistic = len(z) * ((angle.cos().mean(0) - phi).square() + angle.sin().mean(0).square()) @ w  # (M,)
+    return statistic.mean()
+
+
+class _Sketched(torch.autograd.Function):
+    """sketched_sigreg_plain over all ranks: one sine and cosine a projection, and its gradient in the same call.
+
+    The knots are t_k = k dt, so e^(i t_k p) = u^k with u = e^(i dt p): a complex product a knot. With the gaps
+    g_k = mean u^k - phi(t_k) (k = 0 has none) of the global batch,
+
+        value     = N sum_k w_k |g_k|^2                                            mean over the M slices
+        d / d p_n = Re sum_k c_k u_n^k,   c_k = 2 w_k t_k (Im g_k + i Re g_k)      by Horner's rule
+        d / d z_n = (d / d p_n) directions^T / M
+
+    Rows go in blocks that stay in the cache; u, (N, M) complex, is kept from one pass to the other. One collective.
+    """
+
+    @staticmethod
+    def forward(ctx, z, directions, knots, t_max):
+        dt, slices, real = t_max / (knots - 1), directions.shape[1], dict(dtype=z.dtype, device=z.device)
+        t = dt * torch.arange(1, knots, **real)
+        phi = torch.exp(-t.square() / 2)
+        w = 2 * dt * phi * torch.tensor([1.0] * (knots - 2) + [0.5], **real)
+        block = max((2**16 if z.device.type == "cpu" else 2**24) // slices, 1)
+        units, sums = [], torch.zeros(knots - 1, slices, dtype=z.dtype.to_complex(), device=z.device)
+        for rows in z.split(block):
+            p = dt * (rows @ directions)
+            units.append(torch.complex(p.cos(), p.sin()))
+            power = units[-1].clone()
+            for total in sums:
+                total += power.sum(0)
+                power *= units[-1]
+        sums, n = _sum_over_ranks(torch.view_as_real(sums), z.new_tensor([len(z)]))
+        gap = torch.view_as_complex(sums) / n - phi[:, None]
+        if ctx.needs_input_grad[0]:
+            c = (2 * w * t / slices)[:, None] * torch.complex(gap.imag, gap.real)
+            ctx.grad = torch.empty_like(z)
+            for u, rows in zip(units, ctx.grad.split(block)):
+                horner = c[-1] * u
+                for lower in c[:-1].flip(0):
+                    horner += lower
+                    horner *= u
+                # every rank back-propagates the same loss, as in _SumOverRanks: DDP's average divides by the world size
+                rows.copy_(_world() * (horner.real @ directions.T))
+        return n.squeeze() * (w @ (gap.real.square() + gap.imag.square())).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("sigreg.py: sketched_sigreg has no second derivative; sketched_sigreg_plain has")
+        return grad * ctx.grad, None, None, None
+
+
 def sketched_sigreg(z, directions, knots=17, t_max=3.0):
     """Sketched Isotropic Gaussian Regularization (source B, arXiv:2511.08544): Epps-Pulley test on projections.
 
@@ -157,8 +235,8 @@ def sketched_sigreg(z, directions, knots=17, t_max=3.0):
         w = phi * [dt, 2 dt, .., 2 dt, dt]                       trapezoid over [-t_max, t_max], by symmetry on t >= 0
 
     z (N, D), directions (D, M) with unit columns, knots >= 2 points on [0, t_max] -> scalar >= 0; about 1.05 for a
-    standard normal batch whatever N, and growing like N for any other. float32, or float64 for float64 z.
-    Time and memory O(N M knots). Raises ValueError for other shapes.
+    standard normal batch whatever N, and growing like N for any other. float32, or float64 for float64 z. Memory 8 N M bytes;
+    no gradient to the directions, no second derivatives. Raises ValueError for other shapes.
     """
     _check(z)
     if directions.ndim != 2 or len(directions) != z.shape[1] or knots < 2:
@@ -166,15 +244,7 @@ def sketched_sigreg(z, directions, knots=17, t_max=3.0):
                          f"got {tuple(directions.shape)} and {knots}")
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        t = torch.linspace(0, t_max, knots, dtype=z.dtype, device=z.device)
-        phi = torch.exp(-t.square() / 2)
-        weights = phi * t_max / (knots - 1) * 2
-        weights[0], weights[-1] = weights[0] / 2, weights[-1] / 2
-        p = z @ directions.to(z)
-        angle = t[:, None, None] * p  # (knots, N, M)
-        n, cos, sin = _sum_over_ranks(z.new_tensor([len(z)]), angle.cos().sum(1), angle.sin().sum(1))
-        statistic = n * (weights @ ((cos / n - phi[:, None]).square() + (sin / n).square()))  # (M,)
-        return statistic.mean()
+        return _Sketched.apply(z, directions.to(z), knots, t_max)
 
 
 def centre(z):
@@ -214,33 +284,74 @@ def lejepa_loss(z_pred, z_target, z_batch, lam=1.0):
     return prediction_loss(z_pred, z_target) + lam * sigreg(z_batch)
 
 
-def benchmark():
-    """Forward + backward in ms, and as a multiple of one (N, D) x (D, D or M) product forward + backward."""
+def _svd_losses(z):
+    """spectral_sigreg and legendre_sigreg as one writes them down: from the singular values, in z's precision."""
+    n, dim = z.shape
+    mean = z.mean(0)
+    sigma = torch.linalg.svdvals(z - mean)
+    s = sigma / sigma.sum()
+    var = sigma.square() / n
+    var = var + 1e-4 + 1e-10 * var.mean()
+    return (s * (dim * s).log()).sum(), (var.sum() + mean.square().sum() - var.log().sum() - dim) / (2 * dim)
+
+
+def _peak_memory(run, device):
+    """Bytes that `run` needs at its peak beyond what was there; on the CPU from Linux's own count, elsewhere nan."""
+    import ctypes
+    from pathlib import Path
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return math.nan
+    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs left, or it hides what this one takes
+    reset.write_text("5")
+    before, run_result, after = status.read_text(), run(), status.read_text()
+    return 1024 * (int(after.split("VmHWM:")[1].split()[0]) - int(before.split("VmRSS:")[1].split()[0]))
+
+
+def benchmark(rounds=5):
+    """Every loss beside its plain form and the bare product: time forward + backward, peak extra memory, error to float64."""
     import time
 
-    slices = 1024
-    losses = {
-        "spectral": lambda z, a: spectral_sigreg(z),
-        "legendre": lambda z, a: legendre_sigreg(z),
-        "sketched": sketched_sigreg,
-        "product": lambda z, a: (z @ a).square().mean(),
+    losses = {  # name: (loss, plain form, sizes N, D, M); the bare product is (N, D) x (D, M), with M = D where there are no slices
+        "sketched": (sketched_sigreg, sketched_sigreg_plain, [(256, 128, 1024), (2048, 128, 1024), (2048, 768, 1024)]),
+        "legendre": (lambda z, a: legendre_sigreg(z), lambda z, a: _svd_losses(z)[1], [(1024, 384, 384), (4096, 768, 768)]),
+        "spectral": (lambda z, a: spectral_sigreg(z), lambda z, a: _svd_losses(z)[0], [(1024, 384, 384), (4096, 768, 768)]),
     }
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-        print(f"\n{device} ({name}), torch {torch.__version__}, M = {slices} slices, median of 5 interleaved runs")
-        print(f"{'loss':10}{'N':>6}{'D':>6}{'ms':>10}{'x product':>11}")
-        for n, dim in [(256, 128), (1024, 384), (2048, 768)]:
-            z = torch.randn(n, dim, device=device, requires_grad=True)
-            directions = random_directions(dim, slices, seed=0, device=device)
-            times = {key: [] for key in losses}
-            for _ in range(6):  # the first round warms up
-                for key, loss in losses.items():
-                    start = time.perf_counter()
-                    torch.autograd.grad(loss(z, directions), z)[0].sum().item()  # .item() waits for the GPU
-                    times[key].append(time.perf_counter() - start)
-            ms = {key: 1e3 * sorted(t[1:])[2] for key, t in times.items()}
-            for key in losses:
-                print(f"{key:10}{n:6}{dim:6}{ms[key]:10.1f}{ms[key] / ms['product']:11.1f}")
+        print(f"\n{device} ({name}), torch {torch.__version__}: float32, forward + backward, median of {rounds} interleaved rounds")
+        print(f"{'loss':9}{'N':>5}{'D':>5}{'M':>6}{'ms':>8}{'plain / it':>12}{'it / product':>14}{'extra MB':>10}{'plain MB':>10}"
+              f"{'value err':>11}{'grad err':>10}")
+        for key, (loss, plain, sizes) in losses.items():
+            for n, dim, slices in sizes:
+                z = torch.randn(n, dim, device=device, requires_grad=True)
+                a = random_directions(dim, slices, seed=0, device=device)
+                runs = {"it": loss, "plain": plain, "product": lambda z, a: (z @ a).square().mean()}
+                results, times = {}, {k: [] for k in runs}
+                for turn in range(rounds + 1):  # the first warms up
+                    for k, f in runs.items():
+                        start = time.perf_counter()
+                        value = f(z, a)
+                        (grad,) = torch.autograd.grad(value, z)
+                        value.item()  # waits for the GPU
+                        times[k].append(time.perf_counter() - start)
+                        results[k] = value.detach(), grad
+                del value, grad
+                for k, f in runs.items():
+                    results[k + " peak"] = _peak_memory(lambda: torch.autograd.grad(f(z, a), z), device) / 2**20
+                ms = {k: 1e3 * sorted(t[1:])[rounds // 2] for k, t in times.items()}
+                exact = plain(z.double(), a.double())
+                (slope,) = torch.autograd.grad(exact, z)
+                value, grad = results["it"]
+                print(f"{key:9}{n:5}{dim:5}{slices:6}{ms['it']:8.1f}{ms['plain'] / ms['it']:12.1f}{ms['it'] / ms['product']:14.1f}"
+                      f"{results['it peak']:10.0f}{results['plain peak']:10.0f}{abs(value / exact - 1).item():11.0e}"
+                      f"{((grad - slope).norm() / slope.norm()).item():10.0e}")
 
 
 if __name__ == "__main__":

@@ -134,17 +134,43 @@ def test_legendre_is_the_gaussian_kl():
     assert torch.autograd.gradcheck(sigreg.legendre_sigreg, gaussian(12, 4).requires_grad_())
 
 
-@pytest.mark.parametrize("n, dim, dtype", [(2, 3, torch.float32), (65, 7, torch.float64), (40, 16, torch.bfloat16)])
-def test_sketched_is_its_definition(n, dim, dtype):
-    z, directions = gaussian(n, dim, dtype=dtype), sigreg.random_directions(dim, 5, seed=3)
-    value, grad = gradient(lambda z: sigreg.sketched_sigreg(z, directions), z)
-    expected, expected_grad = gradient(lambda z: sketched_reference(z, directions), z.double())
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
-    assert value.item() == pytest.approx(expected.item(), rel=tolerance)
-    # a bfloat16 gradient is rounded to 8 bits on its way out
-    assert (grad - expected_grad).norm() <= expected_grad.norm() * (4e-3 if dtype == torch.bfloat16 else tolerance)
-    assert sigreg.sketched_sigreg(z, directions, knots=9, t_max=2.0).item() == pytest.approx(
-        sketched_reference(z, directions, 9, 2.0).item(), rel=1e-5)
+@pytest.mark.parametrize("n, dim", [(2, 3), (65, 7)])
+def test_plain_sketched_is_its_definition(n, dim):
+    z, directions = gaussian(n, dim), sigreg.random_directions(dim, 5, seed=3).double()
+    for knots, t_max in [(17, 3.0), (9, 2.0), (2, 1.0)]:
+        value, grad = gradient(lambda z: sigreg.sketched_sigreg_plain(z, directions, knots, t_max), z)
+        expected, expected_grad = gradient(lambda z: sketched_reference(z, directions, knots, t_max), z)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+        assert (grad - expected_grad).norm() <= 1e-10 * expected_grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 17, 256, 2048])
+@pytest.mark.parametrize("dim", [1, 64, 768])
+def test_fast_sketched_is_the_plain_form(n, dim, dtype):
+    directions = sigreg.random_directions(dim, 40, seed=3)
+    for scale in (0.01, 1.0, 100.0):  # |p| up to 400: |z| = 100, four standard deviations
+        z = gaussian(n, dim, seed=n, scale=scale, dtype=dtype)
+        value, grad = gradient(lambda z: sigreg.sketched_sigreg(z, directions), z)
+        expected, expected_grad = gradient(lambda z: sigreg.sketched_sigreg_plain(z, directions.double()), z.double())
+        tight = dtype == torch.float64
+        # float32: rounding of an angle of 1200 is 6e-5 of a radian, averaged over the rows
+        assert value.item() == pytest.approx(expected.item(), rel=1e-10 if tight else 1e-5)
+        # a bfloat16 gradient is rounded to 8 bits on its way out
+        assert (grad - expected_grad).norm() <= expected_grad.norm() * (1e-10 if tight else 4e-3 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_fast_sketched_takes_any_layout_and_refuses_second_derivatives():
+    directions, z = sigreg.random_directions(24, 2000, seed=1), gaussian(24, 300).T  # rows in blocks of 131
+    expected, expected_grad = gradient(lambda z: sigreg.sketched_sigreg_plain(z, directions.double()), z)
+    for strided in (z, torch.stack([z, -z], 2)[..., 0], z.contiguous()):
+        value, grad = gradient(lambda z: sigreg.sketched_sigreg(z, directions), strided)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+        assert (grad - expected_grad).norm() <= 1e-10 * expected_grad.norm()
+    assert not sigreg.sketched_sigreg(z, directions).requires_grad
+    z = z.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(sigreg.sketched_sigreg(z, directions), z, create_graph=True)
 
 
 def test_sketched_knows_the_normal():
@@ -441,7 +467,7 @@ def test_log_and_checkpoint(trained):
 @pytest.mark.parametrize("arguments", [
     ["--sigreg", "spectral", "--predictor", "transformer"],
     ["--sigreg", "sketched", "--masks", "random", "--lam", "0.05", "--amp"],
-    ["--sigreg-on", "tokens", "--augment", "color", "--model", "vit_n4"],
+    ["--sigreg-on", "tokens", "--augment", "color", "--model", "vit_n4", "--masks-per", "batch", "--pred", "relative"],
     ["--augment", "crop", "--model", "vit_t8", "--image-size", "40", "--num-targets", "3", "--target-scale", "0.1", "0.2", "--min-context", "0.3"],
 ])
 def test_every_choice_trains(arguments, tmp_path):
