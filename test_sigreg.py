@@ -461,6 +461,9 @@ def test_log_and_checkpoint(trained):
         assert {"step", "epoch", "loss", "pred", "sigreg", "erank", "std", "lr", "images_per_s"} <= row.keys()
         assert row["loss"] == pytest.approx(row["pred"] + row["sigreg"], rel=1e-5)
         assert 1 <= row["erank"] <= 128 and row["std"] > 0
+    train.main([*TINY, "--sigreg", "spectral", "--ckpt", str(folder / "spectral.pt")])
+    for row in [json.loads(line) for line in (folder / "spectral.jsonl").read_text().splitlines()[1:]]:
+        assert row["erank"] == pytest.approx(128 * math.exp(-row["sigreg"]), rel=1e-9)
     assert not list(folder.glob("*.tmp"))
 
 

@@ -429,7 +429,10 @@ def main(argv=None):
                          "lower --lr or --lam")
         if log_now:
             with torch.no_grad():
-                erank, std = effective_rank(pooled).item(), embedding_std(pooled).item()  # collective: on every rank
+                # spectral SIGReg of the same vectors is log D - log(effective rank): no second decomposition
+                same = args.sigreg == "spectral" and args.sigreg_on == "pooled"
+                erank = (encoder.dim * torch.exp(-reg) if same else effective_rank(pooled)).item()  # collective: on every rank
+                std = embedding_std(pooled).item()
             if rank == 0:
                 speed = (step - logged) * args.batch_size / (time.perf_counter() - start)
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS
