@@ -65,7 +65,8 @@ class VisionTransformer(nn.Module):
 
     images (B, 3, S, S) float, indices None, (B, n) or (B, K, n) int64 patch indices in raster order ->
     (B, 1 + N, D), (B, 1 + n, D) or (B, K, 1 + n, D) after the last LayerNorm, CLS first. With indices the other
-    patches take no part: every (n,) set is a sequence of its own.
+    patches take no part: every (n,) set is a sequence of its own. Images of another size than the model's are taken too, their
+    position embeddings resized (bicubic, antialiased).
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12):
@@ -81,7 +82,12 @@ class VisionTransformer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images, indices=None):
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # (B, N, D)
+        x = self.patch_embed["proj"](images)  # (B, D, side, side)
+        position = self.pos_embed[:, 1:]
+        if x.shape[2:] != (self.grid, self.grid):
+            position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            position = F.interpolate(position, x.shape[2:], mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2) + position  # (B, N, D)
         if indices is not None:
             x = gather_tokens(x, indices).flatten(0, -3)  # (B, n, D) or (B * K, n, D)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
@@ -154,6 +160,12 @@ class TransformerPredictor(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.proj(self.norm(x[:, tokens.shape[1]:])).view(*targets.shape, -1)
+
+
+def projector(dim, out_dim, hidden=2048):
+    """MLP dim -> hidden -> hidden -> out_dim with batch norm, as in source B: features (N, dim) -> z (N, out_dim), for the loss only."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden),
+                         nn.ReLU(), nn.Linear(hidden, out_dim))
 
 
 def main():

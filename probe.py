@@ -13,9 +13,8 @@ import json
 import torch
 import torch.nn.functional as F
 
-from model import vit
 from sigreg import effective_rank
-from train import Images, load_checkpoint, open_data, read, to_float
+from train import Images, build_encoder, embed, load_checkpoint, normalize, open_data, read
 
 
 @torch.no_grad()
@@ -27,10 +26,10 @@ def extract_features(encoder, dataset, pool="avg", batch_size=500, workers=0, am
     device = next(encoder.parameters()).device
     chunks = [[(0, i) for i in range(start, min(start + batch_size, len(dataset)))] for start in range(0, len(dataset), batch_size)]
     features, labels = [], []
-    for images, label in read(torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)):
+    for images, _, label in read(torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            tokens = encoder(to_float(images[:, 0].to(device)))  # (B, 1 + N, D)
-        features.append((tokens[:, 0] if pool == "cls" else tokens[:, 1:].float().mean(1)).float().cpu())
+            out = encoder(normalize(images[:, 0].to(device) / 255))  # (B, 1 + N, D) or (B, D)
+        features.append((out[:, 0].float() if pool == "cls" and out.ndim == 3 else embed(out)).cpu())
         labels.append(label)
     return torch.cat(features), torch.cat(labels)
 
@@ -87,7 +86,7 @@ def main(argv=None):
     checkpoint = load_checkpoint(options.ckpt)
     args = checkpoint["args"]
     torch.manual_seed(args["seed"])
-    encoder = vit(args["model"], args["image_size"])
+    encoder = build_encoder(args["model"], args["image_size"])
     if not options.untrained:
         encoder.load_state_dict(checkpoint["encoder"])  # strict: exactly these names and shapes
     encoder.to(options.device).eval().requires_grad_(False)

@@ -284,6 +284,18 @@ def lejepa_loss(z_pred, z_target, z_batch, lam=1.0):
     return prediction_loss(z_pred, z_target) + lam * sigreg(z_batch)
 
 
+def multi_view_loss(z, num_global, lam, regularizer):
+    """The loss of source B:  L = (1 - lam) * mean_v mean |z_v - mean of the global z|^2 + lam * mean_v SIGReg(z_v).
+
+    z (V, N, K): V views of N images, the global ones first; regularizer: (N, K) -> scalar, on each view apart. Gradients flow
+    through the mean as well. Returns loss, prediction loss, regularizer.
+    """
+    center = z[:num_global].mean(0)
+    pred = prediction_loss(z, center.expand_as(z))
+    reg = sum(regularizer(view) for view in z) / len(z)
+    return (1 - lam) * pred + lam * reg, pred, reg
+
+
 def _svd_losses(z):
     """spectral_sigreg and legendre_sigreg as one writes them down: from the singular values, in z's precision."""
     n, dim = z.shape

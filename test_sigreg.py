@@ -239,6 +239,7 @@ LOSSES = {
     "legendre": lambda z: sigreg.legendre_sigreg(z),
     "sketched": lambda z: sigreg.sketched_sigreg(z, sigreg.random_directions(z.shape[1], 20, seed=1)),
     "lejepa": lambda z: sigreg.lejepa_loss(z.sin(), z, z, lam=0.7),
+    "crops": lambda z: sigreg.multi_view_loss(torch.stack([z, z.sin(), z.cos()]), 2, 0.05, LOSSES["sketched"])[0],
     "relative": lambda z: sigreg.prediction_loss(z.sin(), sigreg.centre(z), relative=True),
 }
 
@@ -471,6 +472,8 @@ def test_log_and_checkpoint(trained):
     ["--sigreg", "spectral", "--predictor", "transformer"],
     ["--sigreg", "sketched", "--masks", "random", "--lam", "0.05", "--amp"],
     ["--sigreg-on", "tokens", "--augment", "color", "--model", "vit_n4", "--masks-per", "batch", "--pred", "relative"],
+    ["--recipe", "crops", "--schedule", "cosine", "--warmup-epochs", "1", "--slices", "32"],
+    ["--recipe", "crops", "--local-views", "0", "--augment", "crop", "--sigreg", "legendre", "--proj-dim", "8"],
     ["--augment", "crop", "--model", "vit_t8", "--image-size", "40", "--num-targets", "3", "--target-scale", "0.1", "0.2", "--min-context", "0.3"],
 ])
 def test_every_choice_trains(arguments, tmp_path):
@@ -479,6 +482,51 @@ def test_every_choice_trains(arguments, tmp_path):
     start = model.vit(checkpoint["args"]["model"], checkpoint["args"]["image_size"]).state_dict()
     for key in ("patch_embed.proj.weight", "cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.weight"):
         assert not torch.equal(checkpoint["encoder"][key], start[key]), f"{key} has no gradient"
+
+
+def crops_reference(z, num_global, lam, directions):
+    """Source B's loss as it reads, in float64, one view at a time."""
+    center = sum(z[v] for v in range(num_global)) / num_global
+    pred = sum(((view - center) ** 2).mean() for view in z) / len(z)
+    reg = sum(sketched_reference(view, directions) for view in z) / len(z)
+    return (1 - lam) * pred + lam * reg
+
+
+@pytest.mark.parametrize("views, num_global", [(8, 2), (3, 3), (2, 1)])
+def test_multi_view_loss_is_its_definition(views, num_global):
+    z, directions = gaussian(views * 20, 6).view(views, 20, 6), sigreg.random_directions(6, 7, seed=0)
+    value, grad = gradient(lambda z: sigreg.multi_view_loss(z, num_global, 0.05, lambda v: sigreg.sketched_sigreg(v, directions))[0], z)
+    expected, expected_grad = gradient(lambda z: crops_reference(z, num_global, 0.05, directions), z)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert (grad - expected_grad).norm() <= 1e-10 * expected_grad.norm()
+
+
+@pytest.mark.parametrize("name, dim", [("resnet18", 512), ("convnext_tiny", 768), ("swin_t", 768), ("efficientnet_b0", 1280)])
+def test_backbones_lose_their_classifier(name, dim):
+    encoder = train.build_encoder(name, 64).eval()
+    assert encoder.dim == dim and encoder(torch.zeros(2, 3, 64, 64)).shape == (2, dim)
+    small = train.build_encoder("resnet18", 32)
+    assert small.conv1.stride == (1, 1) and small.conv1.kernel_size == (3, 3) and isinstance(small.maxpool, torch.nn.Identity)
+    assert train.build_encoder("resnet18", 224).conv1.kernel_size == (7, 7)
+
+
+def test_position_embeddings_resize_as_in_timm():
+    timm = pytest.importorskip("timm")
+    encoder = model.vit("vit_t16")
+    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
+    peer.load_state_dict(encoder.state_dict())
+    for side in (96, 224, 320):
+        images = torch.randn(2, 3, side, side, generator=generator())
+        with torch.no_grad():
+            assert (encoder(images) - peer.forward_features(images)).abs().max() < 1e-4
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    args = train.parse_args(["--lr", "0.1", "--schedule", "cosine"])
+    rates = [train.learning_rate(step, 100, 10, args) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.01 * i for i in range(1, 11)]) and rates[-1] == pytest.approx(0, abs=1e-12)
+    assert rates[54] == pytest.approx(0.05) and sorted(rates[9:], reverse=True) == rates[9:]
+    assert {train.learning_rate(step, 100, 0, train.parse_args(["--lr", "0.1"])) for step in (1, 50, 100)} == {0.1}
 
 
 def test_same_command_again_says_finished_and_longer_runs_continue(trained, tmp_path, capsys):
@@ -575,14 +623,44 @@ def test_shapes_are_not_linear_in_the_pixels():
 
 def test_images_are_a_function_of_seed_epoch_and_index():
     source = train.Shapes(40)
-    for augment, views in (("none", 1), ("crop", 1), ("color", 2)):
-        images = train.Images(source, 32, augment, seed=3)
+    for num_global, num_local in ((0, 0), (1, 0), (2, 3)):
+        images = train.Images(source, 32, num_global, num_local, local_size=12, seed=3)
         state = torch.get_rng_state()
-        first = images[(1, 5)][0]
-        assert first.shape == (views, 3, 32, 32) and first.dtype == torch.uint8
-        assert torch.equal(first, images[(1, 5)][0]) and torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(first, images[(2, 5)][0]) == (augment == "none")
-    assert not torch.equal(first[0], first[1])
+        views, local, label = images[(1, 5)]
+        assert views.shape == (max(num_global, 1), 3, 32, 32) and local.shape == (num_local, 3, 12, 12) and label == 5
+        assert views.dtype == local.dtype == torch.uint8
+        assert torch.equal(views, images[(1, 5)][0]) and torch.equal(local, images[(1, 5)][1])
+        assert torch.equal(views, images[(2, 5)][0]) == (num_global == 0)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(views[0], views[1]) and not torch.equal(local[0], local[1])
+
+
+def test_photometric_is_torchvisions_with_the_same_factors():
+    from torchvision.transforms.v2 import functional as tv
+    x, u = torch.rand(40, 3, 24, 24, generator=generator()), torch.rand(40, 9, generator=generator(1))
+    u[:, 3] = 0.5  # no turn of the hue: the two turn it in different planes
+    out = train.photometric(x, u, blur=0.5, solarize=0.2)
+    seen = set()
+    for image, draw, got in zip(x, u.tolist(), out):
+        seen |= {(name, draw[i] < p) for name, i, p in (("jitter", 4, 0.8), ("gray", 5, 0.2), ("blur", 7, 0.5), ("solarize", 8, 0.2))}
+        if draw[4] < 0.8:
+            image = tv.adjust_brightness(image, 1 + (2 * draw[0] - 1) * 0.4)
+            image = tv.adjust_contrast(image, 1 + (2 * draw[1] - 1) * 0.4)
+            image = tv.adjust_saturation(image, 1 + (2 * draw[2] - 1) * 0.2)
+        if draw[5] < 0.2:
+            image = tv.rgb_to_grayscale(image, num_output_channels=3)
+        if draw[7] < 0.5:
+            image = tv.gaussian_blur(image, [3, 3], [0.1 + 1.9 * draw[6]] * 2)
+        near = (image - 128 / 255).abs() < 1e-5  # on the threshold rounding decides
+        if draw[8] < 0.2:
+            image = tv.solarize(image, 128 / 255)
+        assert ((got - image).abs() < 1e-5).logical_or(near).all()
+    assert len(seen) == 8  # every branch, taken and not
+    gray = torch.rand(8, 1, 9, 9, generator=generator()).expand(-1, 3, -1, -1)
+    u[:8, :3] = 0.5
+    u[:8, 3] = torch.rand(8, generator=generator(2))
+    assert torch.allclose(train.photometric(gray, u[:8]), gray, atol=1e-3)  # no hue to turn; the luma weights sum to 0.9999
+    assert not torch.allclose(train.photometric(x[:8], u[:8]), x[:8], atol=1e-2)
 
 
 def test_batches_cover_an_epoch_over_ranks():
@@ -604,6 +682,8 @@ def refuse(arguments, match):
 
 @pytest.mark.parametrize("arguments, match", [
     (["--model", "vit_z16"], "vit_z16.*vit_b16"),
+    (["--model", "resnet18"], "resnet18 has none.*--recipe crops"),
+    (["--recipe", "crops", "--local-views", "-1"], "local-views.*at least 0"),
     (["--data", "nowhere"], "nowhere.*cifar10"),
     (["--image-size", "30"], "image size 30.*24 or 32"),
     (["--lam", "-1"], "--lam -1"),

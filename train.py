@@ -1,22 +1,29 @@
-"""Train LeJEPA by masked prediction: one encoder, a light predictor, MSE + lam * SIGReg, nothing else.
+"""Train LeJEPA: one encoder, one loss, prediction + SIGReg, no teacher, no stop-gradient.
 
     python train.py                                             # embedded set `shapes`: 2 minutes on 2 cores, ckpt.pt
     python train.py --data cifar10                              # a torchvision data set, downloaded on first use
     python train.py --data /data/photos                         # a folder with train/<class>/ and val/<class>/
+    python train.py --data cifar10 --recipe crops --model resnet18     # source B: many crops, any backbone
     torchrun --nproc_per_node=8 train.py --data /data/imagenet --model vit_b16      # one node, 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d train.py --data ...
+
+--recipe masked (A): encode a context and target blocks of the image, predict the targets' patches from the context.
+--recipe crops (B): encode global and local crops, project, draw all views to the mean of the global ones.
+The loop under `# ---- training` holds both, a visible block each.
 
 The same command again continues from its checkpoint. Beside ckpt.pt, ckpt.jsonl holds the command line, then one JSON
 object for each logged step. `python probe.py ckpt.pt` measures what was learned.
 
 Everything random is a pure function of the seed and of the step, epoch or image number: a resumed run repeats the
-uninterrupted one, and the number of ranks changes rounding only. The batch, its masks and SIGReg's statistic are global.
+uninterrupted one, and the number of ranks changes rounding only. The batch, its masks and SIGReg's statistic are global
+(and the projector's batch norm, on GPUs: torch synchronizes it there only).
 """
 import argparse
 import json
 import math
 import os
 import pickle
+import re
 import resource
 import sys
 import time
@@ -26,12 +33,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torchvision import datasets
+from torchvision import datasets, models
 from torchvision.transforms import v2
 
 from masks import multi_block_masks, random_masks
-from model import MLPPredictor, TransformerPredictor, vit
-from sigreg import centre, effective_rank, embedding_std, legendre_sigreg, prediction_loss, random_directions, sketched_sigreg, spectral_sigreg
+from model import MLPPredictor, TransformerPredictor, projector, vit
+from sigreg import (centre, effective_rank, embedding_std, legendre_sigreg, multi_view_loss, prediction_loss, random_directions,
+                    sketched_sigreg, spectral_sigreg)
 
 # ------------------------------------------------------------------------------------------------------- data
 
@@ -128,17 +136,17 @@ def open_data(data, root, split, seed=0, image_size=32):
 
 
 class Images(torch.utils.data.Dataset):
-    """Item (epoch, index) -> uint8 views (V, 3, S, S) and label, a pure function of seed, epoch and index.
+    """Item (epoch, index) -> uint8 views (V, 3, S, S), local views (L, 3, s, s) and label, a pure function of seed, epoch and index.
 
-    augment none: V = 1, resized and centre-cropped. crop: V = 1, random resized crop and flip. color: V = 2, the same
-    crop twice with photometric changes of their own, one for the context and one for the target.
+    By default V = 1, resized and centre-cropped. With num_global > 0: that many random resized crops and flips at full size, of a
+    share `scale` of the image, and num_local of 0.05 to `scale[0]` at side local_size. Colours are photometric's work.
     """
 
-    def __init__(self, source, size, augment="none", seed=0):
-        self.source, self.augment, self.seed = source, augment, seed
+    def __init__(self, source, size, num_global=0, num_local=0, local_size=1, scale=(0.3, 1), seed=0):
+        self.source, self.num_global, self.num_local, self.local_size, self.seed = source, num_global, num_local, local_size, seed
         self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-        self.crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.3, 1), antialias=True), v2.RandomHorizontalFlip()])
-        self.color = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2)])
+        self.crop, self.local_crop = (v2.Compose([v2.RandomResizedCrop(side, scale=part, antialias=True), v2.RandomHorizontalFlip()])
+                                      for side, part in ((size, scale), (local_size, (0.05, scale[0]))))
 
     def __len__(self):
         return len(self.source)
@@ -147,19 +155,57 @@ class Images(torch.utils.data.Dataset):
         epoch, index = key
         image, label = self.source[index]
         image = v2.functional.to_image(image if isinstance(image, np.ndarray) else image.convert("RGB"))
-        if self.augment == "none":
-            return self.resize(image)[None], label
+        local = [image.new_empty(0, 3, self.local_size, self.local_size)]
+        if not self.num_global:
+            return self.resize(image)[None], local[0], label
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator, which keeps 32 bits of a seed
             torch.default_generator.manual_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
-            image = self.crop(image)
-            views = [self.color(image), self.color(image)] if self.augment == "color" else [image]
-        return torch.stack(views), label
+            views = torch.stack([self.crop(image) for _ in range(self.num_global)])
+            local += [self.local_crop(image)[None] for _ in range(self.num_local)]
+        return views, torch.cat(local), label
 
 
-def to_float(images):
-    """uint8 (..., 3, H, W) -> float32 normalised with ImageNet's mean and standard deviation, on the same device."""
+def photometric(x, u, blur=0.0, solarize=0.0):
+    """Colour jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grayscale with p 0.2, blur and solarize with the given p, each image by draws of its own.
+
+    x (B, 3, H, W) float in [0, 1], u (B, 9) uniform draws in [0, 1) -> as x. What torchvision does to one image at a time, on the
+    whole batch and its device, some 20 times faster; brightness, contrast, saturation, hue always in this order, and the hue
+    turns in the YIQ plane, not in HSV.
+    """
+    u = u.to(x.device)[:, :, None, None, None]
+    brightness, contrast, saturation = (1 + (2 * u[:, i] - 1) * a for i, a in ((0, 0.4), (1, 0.4), (2, 0.2)))
+    yiq = torch.tensor([[0.2989, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device=x.device)
+
+    def gray(x):
+        return (x * yiq[0][:, None, None]).sum(1, keepdim=True)
+
+    y = (x * brightness).clamp(0, 1)
+    mean = gray(y).mean((2, 3), keepdim=True)
+    y = (mean + contrast * (y - mean)).clamp(0, 1)
+    y = (gray(y) + saturation * (y - gray(y))).clamp(0, 1)
+    angle = 2 * math.pi * 0.1 * (2 * u[:, 3, 0, 0, 0] - 1)
+    turn = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
+    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
+    y = torch.einsum("bij,bjhw->bihw", torch.linalg.inv(yiq) @ turn @ yiq, y).clamp(0, 1)
+    x = torch.where(u[:, 4] < 0.8, y, x)
+    x = torch.where(u[:, 5] < 0.2, gray(x), x)
+    if blur:
+        radius = max(round(x.shape[-1] / 20), 1)  # 23 pixels wide at 224, as in DINO
+        weights = torch.exp(-torch.arange(-radius, radius + 1, device=x.device).square() / (2 * (0.1 + 1.9 * u[:, 6, 0, 0]).square()))
+        weights = (weights / weights.sum(1, keepdim=True)).T[..., None, None, None]  # (2 radius + 1, B, 1, 1, 1)
+        y = torch.nn.functional.pad(x, [radius] * 4, mode="reflect")
+        y = sum(w * y[:, :, i:i + x.shape[2]] for i, w in enumerate(weights))
+        y = sum(w * y[..., i:i + x.shape[3]] for i, w in enumerate(weights))
+        x = torch.where(u[:, 7] < blur, y, x)
+    if solarize:
+        x = torch.where((u[:, 8] < solarize) & (x >= 128 / 255), 1 - x, x)
+    return x
+
+
+def normalize(images):
+    """float (..., 3, H, W) in [0, 1] -> normalised with ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(c, device=images.device)[:, None, None] for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return (images / 255 - mean) / std
+    return (images - mean) / std
 
 
 def batches(num_images, batch_size, first, last, seed, rank, world):
@@ -207,18 +253,26 @@ def load_checkpoint(path):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=["masked", "crops"], default="masked",
+                        help="masked: predict hidden patches from the others (source A); crops: embed many crops alike (source B)")
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="shapes", help=f"shapes (embedded), a folder with train/ and val/, or one of {' '.join(DATASETS)}")
     group.add_argument("--data-root", default="data", help="where torchvision data sets are downloaded to")
     group.add_argument("--image-size", type=int, help="side in pixels, a multiple of the model's patch; by default that of small images, else 224")
     group.add_argument("--augment", choices=["none", "crop", "color"],
                        help="none: resize and centre crop; crop: random resized crop and flip; color: crop, then photometric changes "
-                            "drawn apart for context and target, so that colour is no shortcut (default for small photographs)")
+                            "drawn apart for each view, or for context and target, so that colour is no shortcut (default for small "
+                            "photographs and --recipe crops)")
+    group.add_argument("--global-views", type=int, default=2, help="crops: views of full size, 0.3 to 1 of the image")
+    group.add_argument("--local-views", type=int, default=6, help="crops: views of 0.43 of the side, 0.05 to 0.3 of the image")
+    group.add_argument("--local-size", type=int, help="crops: side of local views in pixels")
     group.add_argument("--workers", type=int, help="processes that load images; speed only")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="vit_{n,t,s,b,l,h}{patch}; n is for laptops; by default fits the data")
+    group.add_argument("--model", help="vit_{n,t,s,b,l,h}{patch}, n is for laptops; with --recipe crops also torchvision's "
+                       "classifiers: resnet18 resnet50 convnext_tiny swin_t efficientnet_b0 ...; by default fits the data")
     group.add_argument("--predictor", choices=["mlp", "transformer"], default="mlp",
                        help="mlp sees the pooled context; transformer attends to its tokens")
+    group.add_argument("--proj-dim", type=int, default=64, help="crops: width of the projection that the loss sees")
     group.add_argument("--masks", choices=["blocks", "random"], default="blocks", help="targets are rectangles, or scattered patches")
     group.add_argument("--masks-per", choices=["batch", "image"],
                        help="batch: all images of a step share one mask, so that its outline, which context and target both know, "
@@ -231,18 +285,22 @@ def parse_args(argv=None):
     group.add_argument("--pred", choices=["relative", "mse"],
                        help="relative: the share of the targets' variance left unexplained, so that shrinking them gains nothing "
                             "(default for photographs); mse: mean squared error, as source A has it")
-    group.add_argument("--sigreg", choices=["spectral", "legendre", "sketched"], default="legendre", help="regularizer, see sigreg.py")
+    group.add_argument("--sigreg", choices=["spectral", "legendre", "sketched"],
+                       help="regularizer, see sigreg.py; by default legendre for masked, sketched for crops")
     group.add_argument("--sigreg-on", choices=["pooled", "tokens"],
                        help="its samples: the mean of each image's encoded tokens (default for shapes; wants a batch of several "
                             "times the width), or every encoded token (default for photographs)")
-    group.add_argument("--lam", type=float, default=1.0, help="weight of SIGReg; larger spreads the embedding, smaller predicts better")
+    group.add_argument("--lam", type=float, help="weight of SIGReg; larger spreads the embedding, smaller predicts better; masked: "
+                       "pred + lam * sigreg, 1; crops: (1 - lam) * pred + lam * sigreg, 0.05")
     group.add_argument("--slices", type=int, default=1024, help="random directions a step of sketched SIGReg")
     group = parser.add_argument_group("optimization")
     group.add_argument("--batch-size", type=int, help="images per step over all ranks")
     group.add_argument("--epochs", type=int, help="passes over the data")
     group.add_argument("--steps", type=int, help="stop after this many steps, whatever --epochs says")
-    group.add_argument("--lr", type=float, help="AdamW learning rate, constant; 1.5e-4 for data of ImageNet's size, else 1e-3")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="AdamW decay of everything but biases and norms")
+    group.add_argument("--lr", type=float, help="AdamW learning rate; 5e-4 for crops, 1.5e-4 for data of ImageNet's size, else 1e-3")
+    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: the rate falls to 0 at the last step")
+    group.add_argument("--warmup-epochs", type=float, default=0, help="epochs in which the rate rises from 0")
+    group.add_argument("--weight-decay", type=float, help="AdamW decay of everything but biases and norms; 5e-4 for ResNets, else 0.05")
     group.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops, the masks and the slices")
     group = parser.add_argument_group("run")
     group.add_argument("--ckpt", default="ckpt.pt", help="written every --save-every steps, and continued from when it exists")
@@ -253,38 +311,75 @@ def parse_args(argv=None):
                        help="bfloat16 autocast of encoder and predictor; by default on GPUs only, and worth trying on CPUs with bfloat16 units")
     group.add_argument("--compile", action="store_true", help="torch.compile encoder and predictor: slow start, faster steps")
     args = parser.parse_args(argv)
-    for name, low in dict(lam=0, weight_decay=0, seed=0, workers=0).items():
+    for name, low in dict(lam=0, weight_decay=0, seed=0, workers=0, warmup_epochs=0, local_views=0).items():
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             sys.exit(f"train.py: --{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
-    for name in "image_size lr slices epochs steps save_every log_every num_targets min_context".split():
+    for name in "image_size lr slices epochs steps save_every log_every num_targets min_context global_views local_size proj_dim".split():
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             sys.exit(f"train.py: --{name.replace('_', '-')} {getattr(args, name)} must be above 0")
     return args
+
+
+def build_encoder(name, image_size):
+    """model.vit, or a torchvision classifier without its last layer, its feature width as .dim; ValueError for other names.
+
+    ResNets for images up to 64 px get the usual small stem: 3 x 3, stride 1, no max-pooling.
+    """
+    if name not in models.list_models(module=models):
+        return vit(name, image_size)
+    encoder = models.get_model(name)
+    path, last = [(path, module) for path, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    parent, _, child = path.rpartition(".")
+    setattr(encoder.get_submodule(parent), child, torch.nn.Identity())
+    encoder.dim = last.in_features
+    if isinstance(encoder, models.ResNet) and image_size <= 64:
+        encoder.conv1, encoder.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    return encoder
+
+
+def embed(features):
+    """What is probed: tokens (B, 1 + N, D) -> the mean patch token (B, D); the (B, D) of other backbones as they are."""
+    return features[:, 1:].float().mean(1) if features.ndim == 3 else features.float()
+
+
+def learning_rate(step, last, warmup, args):
+    """Rate of step 1 .. last: --lr, times a linear rise over the warm-up, times half a cosine over the rest if asked."""
+    rise = min(step / warmup, 1) if warmup else 1
+    progress = max(step - warmup, 0) / max(last - warmup, 1)
+    return args.lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1)
 
 
 def fill_in(args, train_set, world):
     """Settings that fit the data, where the command line gave none: by the number of images and the size of the first."""
     count, image = len(train_set), next(read(train_set))[0]
     side = min(image.shape[:2] if isinstance(image, np.ndarray) else image.size)
+    shapes, crops = args.data == "shapes", args.recipe == "crops"
     large, small = count >= 500_000, side <= 96
     if args.model is None:
-        args.model = "vit_n8" if args.data == "shapes" else "vit_n4" if side <= 48 else "vit_n8" if side <= 96 else "vit_b16" if large else "vit_s16"
+        args.model = "vit_n8" if shapes else "vit_n4" if side <= 48 else "vit_n8" if side <= 96 else "vit_b16" if large else "vit_s16"
+    resnet = "resne" in args.model
+    # the multiple that the side must be: a ViT's patch; what other networks reduce it by, but for a ResNet with its small stem
+    own = re.fullmatch(r"vit_[a-z](\d+)", args.model)
+    patch = max(int(own[1]), 1) if own else 1 if resnet and small else 32
     if args.image_size is None:
-        patch = int("".join(filter(str.isdigit, args.model)) or 1)
-        args.image_size = side // patch * patch if small and side // patch >= 4 else 224 // patch * patch
+        args.image_size = max(side // patch * patch, 2 * patch) if small and (patch == 32 or side // patch >= 4) else 224 // patch * patch
+    args.local_size = args.local_size or max(round(0.43 * args.image_size / patch), 1) * patch
     if args.batch_size is None:
         args.batch_size = min(4096 if large else 256, count) // world * world
-    args.augment = args.augment or ("color" if small and args.data != "shapes" else "none")
-    args.sigreg_on = args.sigreg_on or ("pooled" if args.data == "shapes" else "tokens")
-    args.masks_per = args.masks_per or ("image" if args.data == "shapes" else "batch")
-    args.pred = args.pred or ("mse" if args.data == "shapes" else "relative")
-    args.num_targets = args.num_targets or (2 if args.data == "shapes" else 1 if small else 4)
+    args.augment = args.augment or ("color" if crops or small and not shapes else "none")
+    args.sigreg_on = args.sigreg_on or ("pooled" if shapes else "tokens")
+    args.sigreg = args.sigreg or ("sketched" if crops else "legendre")
+    args.lam = args.lam if args.lam is not None else 0.05 if crops else 1.0
+    args.masks_per = args.masks_per or ("image" if shapes else "batch")
+    args.pred = args.pred or ("mse" if shapes else "relative")
+    args.num_targets = args.num_targets or (2 if shapes else 1 if small else 4)
     args.target_scale = args.target_scale or ([0.4, 0.6] if small else [0.15, 0.2])
     args.min_context = args.min_context or (0.35 if small else 0.25)
-    args.epochs = args.epochs or (300 if not small else 5 if args.data == "shapes" else 100)
-    args.lr = args.lr or (1.5e-4 if large else 1e-3)
+    args.epochs = args.epochs or (300 if not small else 5 if shapes else 100)
+    args.lr = args.lr or (5e-4 if crops else 1.5e-4 if large else 1e-3)
+    args.weight_decay = args.weight_decay if args.weight_decay is not None else 5e-4 if resnet else 0.05
     if args.workers is None:  # the embedded set is cheaper to draw than to send between processes
-        args.workers = 0 if args.data == "shapes" else min(8, max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
+        args.workers = 0 if shapes and not crops else min(8, max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
     args.amp = args.device.startswith("cuda") if args.amp is None else args.amp
     if args.batch_size < 2 or args.batch_size > count:
         sys.exit(f"train.py: --batch-size {args.batch_size} must be from 2 (SIGReg compares images) to the {count} images of the data")
@@ -324,17 +419,26 @@ def main(argv=None):
     fill_in(args, train_set, world)
     if args.data == "shapes":
         train_set = Shapes(args.image_size, args.seed)
-    images_of = Images(train_set, args.image_size, args.augment, args.seed)
+    if args.recipe == "crops":
+        images_of = Images(train_set, args.image_size, args.global_views, args.local_views, args.local_size, seed=args.seed)
+    else:
+        images_of = Images(train_set, args.image_size, num_global=int(args.augment != "none"), seed=args.seed)
     last = args.steps or args.epochs * (len(train_set) // args.batch_size)
     make_masks = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
     mask_settings = dict(num_targets=args.num_targets, target_scale=args.target_scale, min_context=args.min_context)
     torch.manual_seed(args.seed)
     try:
-        encoder = vit(args.model, args.image_size).to(device)
-        make_masks(1, encoder.grid, **mask_settings)
+        encoder = build_encoder(args.model, args.image_size).to(device)
+        if args.recipe == "crops":
+            predictor = projector(encoder.dim, args.proj_dim).to(device)  # kept under the predictor's name
+        else:
+            if not hasattr(encoder, "grid"):
+                raise ValueError(f"train.py: --recipe masked needs patch tokens and {args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}} "
+                                 "or --recipe crops")
+            make_masks(1, encoder.grid, **mask_settings)
+            predictor = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor](encoder.dim, encoder.grid**2).to(device)
     except ValueError as error:
         sys.exit(str(error))
-    predictor = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor](encoder.dim, encoder.grid**2).to(device)
     named = [*encoder.named_parameters(), *predictor.named_parameters()]
     decayed = [p for name, p in named if name.endswith("weight") and p.ndim >= 2]
     others = [p for name, p in named if not (name.endswith("weight") and p.ndim >= 2)]
@@ -382,6 +486,8 @@ def main(argv=None):
     if args.compile:
         encode, predict = torch.compile(encode, dynamic=True), torch.compile(predict, dynamic=True)  # mask sizes change by the step
     if world > 1:
+        # batch norm over the global batch, as SIGReg is
+        encode, predict = (torch.nn.SyncBatchNorm.convert_sync_batchnorm(m) if device.type == "cuda" else m for m in (encode, predict))
         ids = [local_rank] if device.type == "cuda" else None
         encode, predict = (DistributedDataParallel(m, device_ids=ids, broadcast_buffers=False) for m in (encode, predict))
     share = args.batch_size // world
@@ -389,32 +495,49 @@ def main(argv=None):
         images_of, batch_sampler=batches(len(train_set), args.batch_size, step, last, args.seed, rank, world),
         num_workers=args.workers, pin_memory=device.type == "cuda")
     healthy = torch.ones((), dtype=torch.bool, device=device)
-    logged, start = step, time.perf_counter()
-    for step, (images, _) in enumerate(read(loader), step + 1):
-        images = to_float(images.to(device, non_blocking=True))  # (B, V, 3, S, S), B this rank's share of the batch
-
-        # Every rank draws the masks of the whole batch and takes its rows: same sizes everywhere, any number of ranks.
+    per_epoch = len(train_set) // args.batch_size
+    logged, start, waited, ready = step, time.perf_counter(), 0.0, time.perf_counter()
+    for step, (images, local, _) in enumerate(read(loader), step + 1):
+        waited += time.perf_counter() - ready
+        # Every rank draws masks and colours for the whole batch and takes its rows: any number of ranks sees the same.
         generator = torch.Generator().manual_seed(args.seed * 100_003 + step)
-        masks = make_masks(args.batch_size if args.masks_per == "image" else 1, encoder.grid, generator=generator, **mask_settings)
-        rows = torch.arange(rank * share, (rank + 1) * share) % len(masks[0])
-        context, targets = (m[rows].to(device, non_blocking=True) for m in masks)  # (B, Nc), (B, K, Nt)
+        views = [v / 255 for v in (*images.to(device, non_blocking=True).unbind(1), *local.to(device, non_blocking=True).unbind(1))]
+        if args.recipe == "masked":
+            masks = make_masks(args.batch_size if args.masks_per == "image" else 1, encoder.grid, generator=generator, **mask_settings)
+            rows = torch.arange(rank * share, (rank + 1) * share) % len(masks[0])
+            context, targets = (m[rows].to(device, non_blocking=True) for m in masks)  # (B, Nc), (B, K, Nt)
+            views *= 2  # for the context and for the targets
+        if args.augment == "color":
+            draws = torch.rand(len(views), args.batch_size, 9, generator=generator)[:, rank * share:(rank + 1) * share]
+            blur, solarize = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
+            views = [photometric(view, u, blur, solarize) for view, u in zip(views, draws)]
+        views = [normalize(view) for view in views]  # (B, 3, S, S) each, local ones (B, 3, s, s); B is this rank's share of the batch
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            z_context = encode(images[:, 0], context)  # (B, 1 + Nc, D)
-            z_target = encode(images[:, -1], targets)  # (B, K, 1 + Nt, D), the same encoder, with its gradient
-            z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
+        if args.recipe == "masked":
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                z_context = encode(views[0], context)  # (B, 1 + Nc, D)
+                z_target = encode(views[1], targets)  # (B, K, 1 + Nt, D), the same encoder, with its gradient
+                z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
 
-        pooled = torch.cat([z_context, z_target.flatten(1, 2)], dim=1).float().mean(1)  # (B, D)
-        c_context, c_target = centre(z_context[:, 1:]), centre(z_target[:, :, 1:])  # what sets the images apart at each patch
-        # Context and target are two samples, and CLS is in neither: tokens that nobody predicts could carry the spread alone.
-        samples = [pooled] if args.sigreg_on == "pooled" else [c_context.flatten(0, 1), c_target.flatten(0, 2)]
-        reg = sum(regularize(z, args, step) for z in samples) / len(samples)
-        if args.pred == "relative":
-            pred = prediction_loss(z_pred, c_target, relative=True)
+            pooled = torch.cat([z_context, z_target.flatten(1, 2)], dim=1).float().mean(1)  # (B, D)
+            c_context, c_target = centre(z_context[:, 1:]), centre(z_target[:, :, 1:])  # what sets the images apart at each patch
+            # Context and target are two samples, and CLS is in neither: tokens that nobody predicts could carry the spread alone.
+            samples = [pooled] if args.sigreg_on == "pooled" else [c_context.flatten(0, 1), c_target.flatten(0, 2)]
+            reg = sum(regularize(z, args, step) for z in samples) / len(samples)
+            if args.pred == "relative":
+                pred = prediction_loss(z_pred, c_target, relative=True)
+            else:
+                pred = prediction_loss(z_pred, z_target[:, :, 1:])
+            loss = pred + args.lam * reg
         else:
-            pred = prediction_loss(z_pred, z_target[:, :, 1:])
-        loss = pred + args.lam * reg
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                y = [embed(encode(torch.cat(part))) for part in (views[:args.global_views], views[args.global_views:]) if part]
+                z = predict(torch.cat(y)).float().unflatten(0, (len(views), -1))  # (V, B, K)
+            pooled = y[0]  # (V_global B, D)
+            loss, pred, reg = multi_view_loss(z, args.global_views, args.lam, lambda view: regularize(view, args, step))
 
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, last, args.warmup_epochs * per_epoch, args)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -430,7 +553,7 @@ def main(argv=None):
         if log_now:
             with torch.no_grad():
                 # spectral SIGReg of the same vectors is log D - log(effective rank): no second decomposition
-                same = args.sigreg == "spectral" and args.sigreg_on == "pooled"
+                same = args.recipe == "masked" and args.sigreg == "spectral" and args.sigreg_on == "pooled"
                 erank = (encoder.dim * torch.exp(-reg) if same else effective_rank(pooled)).item()  # collective: on every rank
                 std = embedding_std(pooled).item()
             if rank == 0:
@@ -439,20 +562,22 @@ def main(argv=None):
                 memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**30
                 left = time.strftime("%H:%M:%S", time.gmtime((last - step) * args.batch_size / speed))
                 row = {"step": step, "epoch": (step - 1) * args.batch_size // len(train_set), "loss": loss.item(), "pred": pred.item(),
-                       "sigreg": reg.item(), "erank": erank, "std": std, "lr": args.lr, "images_per_s": round(speed, 1)}
+                       "sigreg": reg.item(), "erank": erank, "std": std, "lr": optimizer.param_groups[0]["lr"],
+                       "images_per_s": round(speed, 1), "wait": round(waited / (time.perf_counter() - start), 3)}
                 print(f"step {step}/{last}  epoch {row['epoch']}  loss {row['loss']:.4f}  pred {row['pred']:.4f}  sigreg {row['sigreg']:.4f}  "
-                      f"erank {erank:.1f}/{encoder.dim}  std {std:.3f}  {speed:.0f} img/s  {memory:.1f} GB  eta {left}", flush=True)
+                      f"erank {erank:.1f}/{encoder.dim}  std {std:.3f}  {speed:.0f} img/s  wait {row['wait']:.0%}  {memory:.1f} GB  eta {left}", flush=True)
                 with log.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 for key, value in row.items():
                     if writer and key != "step":
                         writer.add_scalar(key, value, step)
-            logged, start = step, time.perf_counter()
+            logged, start, waited = step, time.perf_counter(), 0.0
         if save_now and rank == 0:
             temporary = ckpt.with_name(ckpt.name + ".tmp")
             torch.save({"encoder": encoder.state_dict(), "predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(),
                         "step": step, "rng": torch.get_rng_state(), "data": args.data, "args": vars(args)}, temporary)
             temporary.replace(ckpt)  # atomic: a kill leaves the old file or the new one
+        ready = time.perf_counter()
 
     if rank == 0:
         print(f"train.py: finished {last} steps; next: python probe.py {ckpt}")
