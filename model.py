@@ -1,4 +1,4 @@
-"""The encoder and the two predictors of LeJEPA.
+"""The encoder, the two predictors and the projector of LeJEPA.
 
     python model.py             # prints every model's parameters and GFLOPs per image
 

@@ -2,13 +2,14 @@
 
     python probe.py ckpt.pt                  # the encoder and the data set that the checkpoint names
     python probe.py ckpt.pt --untrained      # the same encoder as it was before training: the floor under any claim
-    python probe.py ckpt.pt --pool cls       # the CLS token instead of the mean of the patch tokens
+    python probe.py ckpt.pt --pool cls       # the CLS token instead of the mean of the patch tokens; no loss here looks at it
 
 Features are extracted once from resized, centre-cropped images. Top-1 in percent on the validation split; the last line of
 standard output is one JSON object. The validation split takes no part in fitting or choosing anything.
 """
 import argparse
 import json
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,8 @@ def main(argv=None):
     args = checkpoint["args"]
     torch.manual_seed(args["seed"])
     encoder = build_encoder(args["model"], args["image_size"])
+    if options.pool == "cls" and not hasattr(encoder, "cls_token"):
+        sys.exit(f"probe.py: --pool cls needs a ViT and {args['model']} has no CLS token; leave it at avg")
     if not options.untrained:
         encoder.load_state_dict(checkpoint["encoder"])  # strict: exactly these names and shapes
     encoder.to(options.device).eval().requires_grad_(False)

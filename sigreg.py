@@ -10,7 +10,8 @@ Two documents call two different things SIGReg; both are here, with one relative
 
 Each takes z (N, D) of any float dtype. Under torch.distributed, z is this rank's share of the batch (shares may
 differ in size), the value is that of the whole batch, and once DDP has averaged the parameter gradients they are
-those of one process that holds the whole batch. Ranks exchange (D, D) or (knots, slices) sums, never embeddings.
+those of one process that holds the whole batch. Ranks exchange sums over images, (D, D), (knots, slices) or (patches, D),
+never embeddings.
 This file needs torch alone.
 """
 import math
@@ -167,7 +168,10 @@ def random_directions(dim, num_slices, seed, device=None):
 
 
 def sketched_sigreg_plain(z, directions, knots=17, t_max=3.0):
-    """The definition of sketched_sigreg for one process, as it reads on paper; N M knots numbers in memory, several times."""
+    """The definition of sketched_sigreg for one process, as it reads on paper: z (N, D), directions (D, M) of one dtype -> scalar.
+
+    value = mean over slices of N sum_k w_k [(mean_n cos(t_k p_n) - phi_k)^2 + (mean_n sin(t_k p_n))^2];  N M knots numbers, several times.
+    """
     t = torch.linspace(0, t_max, knots, dtype=z.dtype, device=z.device)
     phi = torch.exp(-t.square() / 2)
     w = phi * t_max / (knots - 1) * torch.tensor([1.0] + [2.0] * (knots - 2) + [1.0]).to(z)
@@ -322,7 +326,7 @@ def _peak_memory(run, device):
         return math.nan
     ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs left, or it hides what this one takes
     reset.write_text("5")
-    before, run_result, after = status.read_text(), run(), status.read_text()
+    before, _, after = status.read_text(), run(), status.read_text()
     return 1024 * (int(after.split("VmHWM:")[1].split()[0]) - int(before.split("VmRSS:")[1].split()[0]))
 
 

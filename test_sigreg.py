@@ -584,6 +584,12 @@ def test_probe(trained, capsys, monkeypatch):
         assert 0 <= result["knn"] <= 100 and 0 <= result["linear"] <= 100 and 1 <= result["erank"] <= 128
 
 
+def test_probe_refuses_a_cls_token_that_is_not_there(tmp_path):
+    run_train(tmp_path, "--steps", "1", "--recipe", "crops", "--model", "resnet18", "--batch-size", "4", "--local-views", "0")
+    with pytest.raises(SystemExit, match="resnet18 has no CLS token"):
+        probe.main([str(tmp_path / "ckpt.pt"), "--pool", "cls", "--device", "cpu"])
+
+
 def test_probes_on_known_features():
     torch.manual_seed(0)
     labels = torch.arange(300) % 3

@@ -169,7 +169,7 @@ def photometric(x, u, blur=0.0, solarize=0.0):
     """Colour jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grayscale with p 0.2, blur and solarize with the given p, each image by draws of its own.
 
     x (B, 3, H, W) float in [0, 1], u (B, 9) uniform draws in [0, 1) -> as x. What torchvision does to one image at a time, on the
-    whole batch and its device, some 20 times faster; brightness, contrast, saturation, hue always in this order, and the hue
+    whole batch and its device (README has the speeds); brightness, contrast, saturation, hue always in this order, and the hue
     turns in the YIQ plane, not in HSV.
     """
     u = u.to(x.device)[:, :, None, None, None]
