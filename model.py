@@ -66,7 +66,8 @@ class VisionTransformer(nn.Module):
     images (B, 3, S, S) float, indices None, (B, n) or (B, K, n) int64 patch indices in raster order ->
     (B, 1 + N, D), (B, 1 + n, D) or (B, K, 1 + n, D) after the last LayerNorm, CLS first. With indices the other
     patches take no part: every (n,) set is a sequence of its own. Images of another size than the model's are taken too, their
-    position embeddings resized (bicubic, antialiased).
+    position embeddings resized (bicubic, antialiased). With layers = l the outputs of the last l blocks, each after the last
+    LayerNorm, stand side by side: (..., l D), the last block's first.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12):
@@ -81,7 +82,7 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
         self.apply(init_weights)
 
-    def forward(self, images, indices=None):
+    def forward(self, images, indices=None, layers=1):
         x = self.patch_embed["proj"](images)  # (B, D, side, side)
         position = self.pos_embed[:, 1:]
         if x.shape[2:] != (self.grid, self.grid):
@@ -91,9 +92,12 @@ class VisionTransformer(nn.Module):
         if indices is not None:
             x = gather_tokens(x, indices).flatten(0, -3)  # (B, n, D) or (B * K, n, D)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
+        last = []
+        for i, block in enumerate(self.blocks):
             x = block(x)
-        x = self.norm(x)
+            if i >= len(self.blocks) - layers:
+                last.insert(0, self.norm(x))
+        x = last[0] if layers == 1 else torch.cat(last, dim=-1)
         return x.unflatten(0, indices.shape[:2]) if indices is not None and indices.ndim == 3 else x
 
 
