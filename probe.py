@@ -42,6 +42,7 @@ from sigreg import effective_rank
 from train import Images, batches, build_encoder, embed, learning_rate, load_checkpoint, normalize, open_data, read
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 200)
+IN_MEMORY = 2**28  # features of more numbers than this are float16 in a file
 #   the linear heads: learning rate x weight decay
 HEADS = tuple(itertools.product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)))
 
@@ -52,9 +53,9 @@ HEADS = tuple(itertools.product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e
 def extract_features(encoder, dataset, pool="avg", layers=1, batch_size=500, workers=0, amp=False, folder=None):
     """Features (N, D) and labels (N,) int64, on the CPU, of all N images in order; under torchrun each rank does its share.
 
-    encoder: images (B, 3, S, S) -> tokens (B, 1 + n, D) or features (B, D), or None: the pixels themselves, reduced to 32 x 32;
+    encoder: images (B, 3, S, S) -> tokens (B, 1 + n, D) or features (B, D), or None: the pixels themselves, reduced to 16 x 16;
     dataset: train.Images; pool avg: mean of the patch tokens, cls: the CLS token, both: one beside the other; layers: how many last
-    blocks (ViT); amp: bfloat16 autocast. Float32; above 2^28 numbers float16 in a nameless file in `folder`, mapped into memory.
+    blocks (ViT); amp: bfloat16 autocast. Float32; above IN_MEMORY numbers float16 in a nameless file in `folder`, mapped into memory.
     Rank 0 returns everything, the others their share.
     """
     device = next(encoder.parameters()).device if encoder else torch.device("cpu")
@@ -67,13 +68,13 @@ def extract_features(encoder, dataset, pool="avg", layers=1, batch_size=500, wor
     for images, _, label in read(torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)):
         images = images[:, 0].to(device) / 255
         if encoder is None:
-            x = F.adaptive_avg_pool2d(images, min(images.shape[-1], 32)).flatten(1)
+            x = F.adaptive_avg_pool2d(images, 16).flatten(1)
         else:
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 out = encoder(normalize(images), layers=layers) if layers > 1 else encoder(normalize(images))
             cls = [out[:, 0].float()] if pool != "avg" else []
             x = torch.cat([embed(out), *cls] if pool != "cls" else cls, dim=1)
-        if features is None and rows * x.shape[1] <= 2**28:
+        if features is None and rows * x.shape[1] <= IN_MEMORY:
             features = torch.empty(rows, x.shape[1])
         elif features is None:
             with tempfile.NamedTemporaryFile(dir=folder) as file:  # its name goes at once, its room when the tensor goes
@@ -152,13 +153,17 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     mean = total / n
     covariance = gram / n - mean * mean[:, None]
     std = covariance.diagonal().clamp_min(1e-12).sqrt()
-    variance, axes = torch.linalg.eigh(covariance / std / std[:, None])
+    if n > width:
+        variance, axes = torch.linalg.eigh(covariance / std / std[:, None])
+    else:  # the same from n images directly, without the axes on which they have nothing and no weight would move
+        _, singular, axes = torch.linalg.svd((x[rows].double() - mean) / std, full_matrices=False)
+        variance, axes = singular.square() / n, axes.T
     variance = variance.clamp_min(0) + 1e-3  # so that empty axes are not blown up
     turn = axes / variance.sqrt() / std[:, None]
     mean32, turn32, shrink = mean.float(), turn.float(), (1 / variance).float()[:, None, None]
 
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
-    weight, bias = torch.zeros(width, len(heads), classes, device=device), torch.zeros(len(heads), classes, device=device)
+    weight, bias = torch.zeros(len(variance), len(heads), classes, device=device), torch.zeros(len(heads), classes, device=device)
     push, push_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     batch = min(1024, n)
     per_pass = n // batch
@@ -177,7 +182,7 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
         pace = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         weight.sub_(pace * push).div_(1 + pace * decay * shrink)
         bias.sub_(pace * push_bias)
-    weight = (turn @ weight.double().flatten(1)).view_as(weight)
+    weight = (turn @ weight.double().flatten(1)).view(width, *bias.shape)
     return weight.float(), (bias - (mean @ weight.flatten(1)).view_as(bias)).float()
 
 
@@ -198,7 +203,7 @@ def train_linear(train_x, train_y, seed=0, heads=HEADS):
     class) is fitted again to everything. weight (D, 1, C), bias (1, C). ValueError with one image a class.
     """
     if train_y.bincount().max() < 2:
-        raise ValueError("probe.py: with one training image a class none can be held out to choose the linear head; use --shots 1")
+        raise ValueError("probe.py: with one training image a class none can be held out to choose the linear head; two are needed")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     order = order[train_y.cpu()[order].argsort(stable=True)]
     held = torch.zeros(len(order), dtype=torch.bool)
@@ -407,7 +412,7 @@ def parse_args(argv=None):
     group.add_argument("--data-root", help="where torchvision data sets are; by default as in training")
     group.add_argument("--image-size", type=int, help="side in pixels; by default as in training")
     group.add_argument("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
-    group.add_argument("--pixels", action="store_true", help="the images themselves, reduced to 32 x 32, in place of features")
+    group.add_argument("--pixels", action="store_true", help="the images themselves, reduced to 16 x 16, in place of features")
     group.add_argument("--pool", choices=["avg", "cls", "both"], default="avg", help="mean of the patch tokens, the CLS token, or both side by side")
     group.add_argument("--layers", type=int, default=1, help="features of this many last blocks side by side (ViT)")
     group.add_argument("--shots", type=int, nargs="+", default=[], help="also linear heads on so many training images a class, 5 draws")

@@ -573,15 +573,249 @@ def test_two_ranks_train_what_one_does(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_probe(trained, capsys, monkeypatch):
-    folder, _ = trained
+@pytest.fixture
+def few_shapes(monkeypatch):
     monkeypatch.setattr(train.Shapes, "__len__", lambda self: 200 if self.val else 600)
-    for extra in ([], ["--untrained"], ["--pool", "cls"]):
-        probe.main([str(folder / "ckpt.pt"), "--device", "cpu", *extra])
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert {"knn", "linear", "erank", "untrained"} <= result.keys()
-        assert result["untrained"] == ("--untrained" in extra) and result["train"] == 600 and result["val"] == 200
-        assert 0 <= result["knn"] <= 100 and 0 <= result["linear"] <= 100 and 1 <= result["erank"] <= 128
+
+
+def run_probe(capsys, *arguments):
+    capsys.readouterr()
+    probe.main([*map(str, arguments), "--device", "cpu"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+FROZEN = [[], ["--untrained"], ["--pixels"], ["--pool", "cls"], ["--pool", "both", "--layers", "2", "--shots", "1", "10"], ["--image-size", "48"]]
+
+
+@pytest.mark.parametrize("extra", FROZEN, ids=" ".join)
+def test_probe(trained, capsys, few_shapes, extra):
+    result = run_probe(capsys, trained[0] / "ckpt.pt", *extra)
+    assert {"data", "train", "val", "pool", "layers", "seed", "commit", "linear_lr", "linear_decay", "linear_heads"} <= result.keys()
+    assert result["untrained"] == ("--untrained" in extra) and result["train"] == 600 and result["val"] == 200
+    assert list(result["knn_k"]) == ["1", "5", "10", "20", "50", "200"] and result["knn_k"]["20"] == result["knn"]
+    assert 0 <= result["knn"] <= 100 and 0 <= result["linear"] <= 100 and 1 <= result["erank"] <= (768 if "--pixels" in extra else 128 * 4)
+    assert result["image_size"] == (48 if "--image-size" in extra else 32)
+    assert list(result.get("shots", [])) == (["1", "10"] if "--shots" in extra else [])
+
+
+def test_transfer_prints_one_table(trained, tmp_path, capsys, few_shapes):
+    photos = jpeg_folder(tmp_path / "photos")
+    probe.main([str(trained[0] / "ckpt.pt"), "--data", "shapes", str(photos), "--device", "cpu", "--workers", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    results = json.loads(lines[-1])
+    assert [r["data"] for r in results] == ["shapes", str(photos)] and [r["val"] for r in results] == [200, 24]
+    assert [line.split()[1:] for line in lines[-3:-1]] == [[f"{r['knn']:.2f}", f"{r['linear']:.2f}"] for r in results]
+
+
+@pytest.mark.parametrize("extra", [*FROZEN, ["--finetune", "--steps", "3", "--batch-size", "64"], ["--pca", "p.png", "--nearest", "n.png", "--export", "e.pt"]],
+                         ids=" ".join)
+def test_frozen_means_frozen(trained, tmp_path, capsys, monkeypatch, few_shapes, extra):
+    monkeypatch.chdir(tmp_path)
+    encoders = []
+    monkeypatch.setattr(probe, "build_encoder", lambda *arguments: encoders.append(train.build_encoder(*arguments)) or encoders[-1])
+    (tmp_path / "ckpt.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
+    probe.main(["ckpt.pt", "--device", "cpu", *extra])
+    torch.manual_seed(0)
+    expected = train.build_encoder("vit_n8", 32).state_dict() if "--untrained" in extra else trained[1]["encoder"]
+    state = encoders[0].state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_probe_notices_a_moved_encoder(trained, monkeypatch, few_shapes):
+    honest = probe.extract_features
+
+    def moving(encoder, *arguments, **settings):
+        encoder.norm.bias += 1e-6
+        return honest(encoder, *arguments, **settings)
+
+    monkeypatch.setattr(probe, "extract_features", moving)
+    with pytest.raises(AssertionError, match="moved"):
+        probe.main([str(trained[0] / "ckpt.pt"), "--device", "cpu"])
+
+
+def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, few_shapes):
+    honest, draw, heads, results = probe.fit_heads, train.Shapes.__getitem__, [], []
+    monkeypatch.setattr(probe, "fit_heads", lambda *arguments, **settings: heads.append(honest(*arguments, **settings)) or heads[-1])
+    for shift in (0, 3):
+        monkeypatch.setattr(train.Shapes, "__getitem__", lambda self, i: (draw(self, i)[0], (draw(self, i)[1] * (7 if shift else 1) + shift * self.val) % 10
+                                                                          if self.val else draw(self, i)[1]))
+        results.append(run_probe(capsys, trained[0] / "ckpt.pt", "--shots", "2"))
+    half = len(heads) // 2
+    assert half == 7  # the grid, the chosen head, 5 draws
+    for before, after in zip(heads[:half], heads[half:]):
+        assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert results[0]["linear"] != results[1]["linear"] and results[0]["linear_held_out"] == results[1]["linear_held_out"]
+
+
+def test_large_features_go_to_a_file(trained, tmp_path, monkeypatch, few_shapes):
+    encoder = train.build_encoder("vit_n8", 32).eval()
+    encoder.load_state_dict(trained[1]["encoder"])
+    images = train.Images(train.Shapes(32, 0, "val"), 32)
+    x, y = probe.extract_features(encoder, images, batch_size=64)
+    monkeypatch.setattr(probe, "IN_MEMORY", 1000)
+    mapped, labels = probe.extract_features(encoder, images, batch_size=64, folder=tmp_path)
+    assert mapped.dtype == torch.float16 and x.dtype == torch.float32 and torch.equal(y, labels) and not list(tmp_path.iterdir())
+    assert torch.equal(mapped, x.half())
+    # the probes take them: float16 rounds at 5e-4
+    assert probe.knn_probe(mapped[:100], y[:100], mapped[100:], y[100:]) == pytest.approx(probe.knn_probe(x[:100], y[:100], x[100:], y[100:]), abs=2)
+    assert probe.linear_probe(mapped[:100], y[:100], mapped[100:], y[100:]) == pytest.approx(probe.linear_probe(x[:100], y[:100], x[100:], y[100:]), abs=5)
+
+
+def test_last_layers_stand_side_by_side():
+    torch.manual_seed(0)
+    encoder, images = model.vit("vit_n8", 32), torch.randn(2, 3, 32, 32)
+    seen = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    three = encoder(images, layers=3)
+    assert three.shape == (2, 17, 3 * 128) and torch.equal(three[..., :128], encoder(images))
+    assert torch.equal(three, torch.cat([encoder.norm(x) for x in (seen[3], seen[2], seen[1])], dim=-1))
+
+
+def test_two_ranks_probe_what_one_does(trained, tmp_path, capsys):
+    photos = jpeg_folder(tmp_path / "photos", per_class=13)
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes((trained[0] / "ckpt.pt").read_bytes())
+    arguments = [str(path), "--device", "cpu", "--workers", "0", "--data", str(photos), str(photos)]
+    probe.main(arguments)
+    one = json.loads(capsys.readouterr().out.splitlines()[-1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(HERE / "probe.py")]
+    out = subprocess.run([*torchrun, *arguments], check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+    assert json.loads(out.splitlines()[-1]) == one
+    tune = ["--data", str(photos), "--finetune", "--epochs", "2", "--batch-size", "8"]
+    out = subprocess.run([*torchrun, *arguments[:5], *tune], check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+    assert 0 <= json.loads(out.splitlines()[-1])["finetune"] <= 100
+
+
+def test_finetuning_resumes_bit_by_bit(trained, tmp_path, capsys, monkeypatch, few_shapes):
+    arguments = ["--finetune", "--epochs", "3", "--batch-size", "200", "--workers", "0"]
+    for name in ("whole", "cut"):
+        (tmp_path / f"{name}.pt").write_bytes((trained[0] / "ckpt.pt").read_bytes())
+    whole = run_probe(capsys, tmp_path / "whole.pt", *arguments)
+    honest, calls = train.learning_rate, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) > 5 * 53:  # a call for each of the 53 tensors: in the sixth step, after the first pass of three
+            raise KeyboardInterrupt
+        return honest(*arguments)
+
+    monkeypatch.setattr(probe, "learning_rate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_probe(capsys, tmp_path / "cut.pt", *arguments)
+    monkeypatch.setattr(probe, "learning_rate", honest)
+    saved = torch.load(tmp_path / "cut.finetune-shapes.pt", weights_only=True)
+    assert saved["step"] == 3 and saved["settings"]["last"] == 9
+    cut = run_probe(capsys, tmp_path / "cut.pt", *arguments)
+    assert cut["finetune"] == whole["finetune"]
+    a, b = (torch.load(tmp_path / f"{name}.finetune-shapes.pt", weights_only=True) for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 9
+    assert all(torch.equal(a[part][key], b[part][key]) for part in ("encoder", "head") for key in a[part])
+    assert all(not torch.equal(a["encoder"][name], trained[1]["encoder"][name]) for name in a["encoder"])
+    with pytest.raises(SystemExit, match="lr=0.00078125, this command says 0.5"):
+        probe.main([str(tmp_path / "cut.pt"), *arguments, "--device", "cpu", "--lr", "0.5"])
+
+
+@pytest.mark.parametrize("name", ["vit_n8", "resnet18", "convnext_tiny"])
+def test_finetuning_learns_slower_below(name, tmp_path, monkeypatch, few_shapes):
+    torch.manual_seed(0)
+    encoder = train.build_encoder(name, 64)
+    options = probe.parse_args(["x", "--finetune", "--steps", "1", "--batch-size", "4", "--layer-decay", "1e-3", "--device", "cpu"])
+    options.workers = 0
+    sets = [train.Shapes(64, 0, "train"), torch.utils.data.Subset(train.Shapes(64, 0, "val"), range(4))]
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda p: torch.nn.init.normal_(p, std=0.1))  # a zero head passes no gradient in its first step
+    probe.finetune(encoder, name, *sets, 64, 10, options, tmp_path / "f.pt")
+    groups = torch.load(tmp_path / "f.pt", weights_only=True)["optimizer"]["param_groups"]
+    names = [*dict(encoder.named_parameters()), "head.weight", "head.bias"]
+    scale = {n: g["scale"] for n, g in zip(names, groups)}
+    deepest = {"vit_n8": 4, "resnet18": 4, "convnext_tiny": 8}[name]
+    assert scale["head.weight"] == 1 and scale[names[0]] == pytest.approx(1e-3 ** (1 if name == "x" else deepest + (name != "convnext_tiny")))
+    assert list(scale.values()) == sorted(scale.values())
+    assert len(set(scale.values())) == deepest + 1 + (name != "convnext_tiny")
+    assert all(g["lr"] == pytest.approx(g["scale"] * groups[-1]["lr"]) for g in groups)
+
+
+def test_pca_picture_shows_the_variance():
+    torch.manual_seed(0)
+    encoder = model.vit("vit_n8", 32)
+    images = torch.rand(3, 3, 64, 64)
+    picture = probe.pca_picture(encoder, images, 64)
+    assert picture.shape == (3, 2 * 68 + 4, 4 * 68 + 4) and 0 <= picture.min() and picture.max() <= 1
+    assert torch.equal(picture, probe.pca_picture(encoder, images, 64))
+    assert torch.equal(picture[:, 4:68, 4:68], images[0])
+    tokens = encoder(train.normalize(images))[:, 1:].flatten(0, 1).double()
+    first = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[0][:, 0].view(3, 8, 8)
+    red = torch.stack([picture[0, 4 + 68 * (i // 2):68 + 68 * (i // 2), 72 + 136 * (i % 2):136 + 136 * (i % 2)][::8, ::8] for i in range(3)])
+    assert np.corrcoef(first.flatten().detach(), red.flatten())[0, 1] ** 2 > 0.98  # cut at the percentiles
+
+
+def test_nearest_picture_frames_by_class():
+    one, two = train.Images(train.Shapes(32), 32), train.Images(train.Shapes(32), 32)
+    x = torch.eye(40)[torch.arange(40) // 2]  # image 2 i and 2 i + 1 are alike, and of different classes
+    picture = probe.nearest_picture(x, x, one, two, [4], neighbours=2, side=32)
+    assert picture.shape == (3, 40, 3 * 36 + 4)
+    frames = [tuple(picture[:, 5, 36 * i + 5].mul(255).round().int().tolist()) for i in (1, 2)]
+    assert sorted(frames) == [(0, 128, 0), (255, 0, 0)]
+
+
+def test_export_loads_elsewhere(trained, tmp_path, capsys):
+    for name in ("encoder.pt", "encoder.safetensors"):
+        if name.endswith("safetensors"):
+            pytest.importorskip("safetensors")
+        probe.main([str(trained[0] / "ckpt.pt"), "--export", str(tmp_path / name), "--device", "cpu"])
+        said = capsys.readouterr().out
+        if name.endswith("safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(tmp_path / name)
+        else:
+            state = torch.load(tmp_path / name, weights_only=True)
+        assert state.keys() == trained[1]["encoder"].keys() and all(torch.equal(state[key], trained[1]["encoder"][key]) for key in state)
+    timm = pytest.importorskip("timm")
+    theirs = eval(re.search(r"timm\..*\)", said)[0], {"timm": timm}).eval()
+    theirs.load_state_dict(state)  # strict
+    ours = train.build_encoder("vit_n8", 32)
+    ours.load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(theirs.forward_features(images), ours(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("train_y, val_y, match", [
+    ([1, 1, 1, 1], [1, 1], "single class"),
+    ([0, 1, 0, -1], [0, 1], "1 of 4 training images have no label"),
+    ([0, 1, 0, 1], [-1, -1], "2 of 2 validation images have no label"),
+    ([0, 1, 0, 1], [2, 3], "2 classes of the validation split, such as 2, are not in the training"),
+])
+def test_probes_name_impossible_labels(train_y, val_y, match):
+    arguments = torch.randn(4, 3), torch.tensor(train_y), torch.randn(2, 3), torch.tensor(val_y)
+    for call in (probe.knn_probe, probe.linear_probe, lambda *a: probe.few_shot_probe(*a, shots=1)):
+        with pytest.raises(ValueError, match=match):
+            call(*arguments)
+
+
+def test_probes_name_too_few_images():
+    x, y = torch.randn(6, 3), torch.arange(3)
+    with pytest.raises(ValueError, match="one training image a class"):
+        probe.linear_probe(x[:3], y, x[3:], y)
+    with pytest.raises(ValueError, match="--shots 2, but class 0 has 1 training images"):
+        probe.few_shot_probe(x[:3], y, x[3:], y, shots=2)
+    assert 0 <= probe.knn_probe(x[:3], y, x[3:], y) <= 100
+    assert len(probe.few_shot_probe(x[:3], y, x[3:], y, shots=1)) == 5
+
+
+def test_probe_refuses_impossible_splits(trained, tmp_path):
+    photos = jpeg_folder(tmp_path / "photos")
+    probe_photos = [str(trained[0] / "ckpt.pt"), "--data", str(photos), "--device", "cpu", "--workers", "0"]
+    (photos / "val" / "class1").rename(photos / "val" / "class2")
+    with pytest.raises(SystemExit, match="different classes, class1 is in one only"):
+        probe.main(probe_photos)
+    (photos / "val" / "class2").rename(tmp_path / "aside")
+    (photos / "train" / "class1").rename(tmp_path / "aside" / "more")
+    with pytest.raises(SystemExit, match="single class"):
+        probe.main(probe_photos)
+    for extra, match in ((["--layers", "9"], "vit_n8 has 4 blocks"), (["--image-size", "33"], "multiple of vit_n8's patch size 8"),
+                         (["--shots", "0"], "at least 1"), (["--data", "a", "b", "--pca", "x.png"], "one data set"), (["--lr", "0"], "--lr 0.0 must be above 0")):
+        with pytest.raises(SystemExit, match=match):
+            probe.main([*probe_photos, *extra])
 
 
 def test_probe_refuses_a_cls_token_that_is_not_there(tmp_path):
@@ -607,6 +841,61 @@ def test_probes_on_known_features():
         votes = [sum(math.exp(cosine[i] / 0.07) for i in best if labels[i] == c) for c in range(3)]
         right += votes.index(max(votes)) == label
     assert probe.knn_probe(x[:200], labels[:200], x[200:], labels[200:]) == pytest.approx(right)
+
+
+def test_knn_is_brute_force_for_every_k():
+    x, y, v, w = gaussian(300, 8, 1), torch.arange(300) % 7, gaussian(50, 8, 2), torch.arange(50) % 7
+    x, v = x + 0.7 * gaussian(7, 8, 3)[y], v + 0.7 * gaussian(7, 8, 3)[w]
+    cosine = torch.cosine_similarity(v[:, None], x[None], dim=2)
+    expected = []
+    for k in (1, 3, 20, 300):
+        keep = cosine >= cosine.sort(descending=True).values[:, k - 1:k]
+        votes = torch.stack([((cosine / 0.2).exp() * keep * (y == c)).sum(1) for c in range(7)], dim=1)
+        expected.append(100 * (votes.argmax(1) == w).double().mean().item())
+    assert probe.knn_probe(x, y, v, w, k=(1, 3, 20, 1000), temperature=0.2) == pytest.approx(expected)
+    assert len(set(expected)) > 2  # so that k matters here
+
+
+@pytest.mark.parametrize("decay", [1e-3, 1e-1])
+def test_linear_heads_reach_their_minimum(decay):
+    """On badly conditioned features (a factor of 1e4 between axes) against L-BFGS in float64."""
+    y = torch.arange(3000) % 4
+    x = (gaussian(3000, 12, 1) + 1.5 * gaussian(4, 12, 2)[y]) * torch.logspace(0, -2, 12) @ gaussian(12, 12, 3) + 5
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    weight, bias = torch.zeros(12, 4, dtype=torch.float64, requires_grad=True), torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def objective(weight, bias):
+        return torch.nn.functional.cross_entropy(z @ weight + bias, y) + decay / 2 * weight.square().sum()
+
+    solver = torch.optim.LBFGS([weight, bias], max_iter=2000, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-14)
+
+    def closure():
+        solver.zero_grad()
+        loss = objective(weight, bias)
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    best, start = objective(weight, bias).item(), math.log(4)
+    heads = [(1.0, decay), (3.0, decay), (1.0, 10.0)]
+    w, b = probe.fit_heads(x.float(), y, heads)
+    for h in (0, 1):
+        w_h = w[:, h].double() * x.std(0, correction=0)[:, None]
+        reached = objective(w_h, b[h].double() + x.mean(0) @ w[:, h].double()).item()
+        assert best <= reached < best + 0.01 * (start - best)  # 400 steps get so far
+    alone = probe.fit_heads(x.float(), y, heads[1:2])
+    assert torch.allclose(alone[0][:, 0], w[:, 1], rtol=1e-2, atol=1e-2 * w[:, 1].abs().max().item())  # heads do not mix
+    assert torch.allclose(probe.fit_heads(x.float(), y, heads[:1], rows=torch.arange(300))[0], probe.fit_heads(x[:300].float(), y[:300], heads[:1])[0])
+
+
+def test_linear_head_is_chosen_without_the_validation_split():
+    x, y = gaussian(400, 30, 1).float(), torch.arange(400) % 2
+    x[:, 0] += 2.0 * y
+    weight, bias, head, held = probe.train_linear(x, y, seed=3)
+    assert weight.shape == (30, 1, 2) and bias.shape == (1, 2) and head in probe.HEADS and 50 < held <= 100
+    again = probe.fit_heads(x, y, [head], 3)
+    assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])  # fitted to everything
+    assert probe.linear_probe(x, y, x, y, seed=3) == probe.score(weight, bias, x, y)[0]
 
 
 def test_shapes_are_a_function_of_seed_and_index():
