@@ -447,6 +447,8 @@ def parse_args(argv=None):
         sys.exit(f"probe.py: --drop-path {options.drop_path} must be from 0 to below 1")
     if len(options.data or []) > 1 and (options.pca or options.nearest):
         sys.exit("probe.py: a picture is of one data set; give --data one")
+    if (options.finetune or options.pca or options.export) and (options.pixels or options.pool != "avg" or options.layers > 1):
+        sys.exit("probe.py: --pixels, --pool and --layers choose the features of k-NN, linear probe and --nearest; leave them out here")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
     options.lr = options.lr or 1e-3 * options.batch_size / 256
     options.schedule = "cosine"  # as learning_rate wants it
@@ -456,7 +458,10 @@ def parse_args(argv=None):
 def main(argv=None):
     options = parse_args(argv)
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device(options.device)
+    try:
+        device = torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"probe.py: --device {options.device}: {str(error).splitlines()[0]}")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -470,9 +475,10 @@ def main(argv=None):
     torch.manual_seed(args["seed"])
     encoder = build_encoder(args["model"], args["image_size"])
     is_vit = hasattr(encoder, "blocks")
-    if not is_vit and (options.pool != "avg" or options.layers > 1 or options.pca):
-        what = f"--pool {options.pool}" if options.pool != "avg" else f"--layers {options.layers}" if options.layers > 1 else "--pca"
-        sys.exit(f"probe.py: {what} needs a ViT and {args['model']} has no {'CLS token' if options.pool != 'avg' else 'patch tokens'}; leave it out")
+    for asked, flag, missing in ((options.pool != "avg", f"--pool {options.pool}", "CLS token"), (options.layers > 1, "--layers", "blocks of one width"),
+                                 (options.pca, "--pca", "patch tokens")):
+        if asked and not is_vit:
+            sys.exit(f"probe.py: {flag} needs a ViT and {args['model']} has no {missing}; leave it out")
     if is_vit and options.layers > len(encoder.blocks):
         sys.exit(f"probe.py: --layers {options.layers}, but {args['model']} has {len(encoder.blocks)} blocks")
     size = options.image_size or args["image_size"]

@@ -813,15 +813,20 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
     with pytest.raises(SystemExit, match="single class"):
         probe.main(probe_photos)
     for extra, match in ((["--layers", "9"], "vit_n8 has 4 blocks"), (["--image-size", "33"], "multiple of vit_n8's patch size 8"),
-                         (["--shots", "0"], "at least 1"), (["--data", "a", "b", "--pca", "x.png"], "one data set"), (["--lr", "0"], "--lr 0.0 must be above 0")):
+                         (["--shots", "0"], "at least 1"), (["--data", "a", "b", "--pca", "x.png"], "one data set"), (["--lr", "0"], "--lr 0.0 must be above 0"), (["--finetune", "--layers", "2"], "leave them out here"),
+                         (["--device", "quantum"], "--device quantum")):
         with pytest.raises(SystemExit, match=match):
             probe.main([*probe_photos, *extra])
 
 
-def test_probe_refuses_a_cls_token_that_is_not_there(tmp_path):
+def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
     run_train(tmp_path, "--steps", "1", "--recipe", "crops", "--model", "resnet18", "--batch-size", "4", "--local-views", "0")
-    with pytest.raises(SystemExit, match="resnet18 has no CLS token"):
-        probe.main([str(tmp_path / "ckpt.pt"), "--pool", "cls", "--device", "cpu"])
+    photos = jpeg_folder(tmp_path / "photos")
+    assert run_probe(capsys, tmp_path / "ckpt.pt", "--data", photos, "--workers", "0")["val"] == 24
+    for extra, match in ((["--pool", "cls"], "resnet18 has no CLS token"), (["--layers", "2"], "resnet18 has no blocks"),
+                         (["--pca", "x.png"], "resnet18 has no patch tokens")):
+        with pytest.raises(SystemExit, match=match):
+            probe.main([str(tmp_path / "ckpt.pt"), *extra, "--device", "cpu"])
 
 
 def test_probes_on_known_features():

@@ -27,6 +27,7 @@ import re
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,13 @@ from sigreg import (centre, effective_rank, embedding_std, legendre_sigreg, mult
 
 # ------------------------------------------------------------------------------------------------------- data
 
-#   name: (class, arguments of the training split, of the validation split)
+#   name: (class, arguments of the training split, of the one that is reported)
 DATASETS = {
     "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
     "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
-    "dtd": (datasets.DTD, {"split": "train"}, {"split": "val"}),
+    "dtd": (datasets.DTD, {"split": "train"}, {"split": "test"}),
     "fgvc_aircraft": (datasets.FGVCAircraft, {"split": "trainval"}, {"split": "test"}),
-    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "val"}),
+    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "test"}),
     "food101": (datasets.Food101, {"split": "train"}, {"split": "test"}),
     "imagenette": (datasets.Imagenette, {"split": "train"}, {"split": "val"}),
     "oxford_pets": (datasets.OxfordIIITPet, {"split": "trainval"}, {"split": "test"}),
@@ -534,7 +535,7 @@ def main(argv=None):
                 y = [embed(encode(torch.cat(part))) for part in (views[:args.global_views], views[args.global_views:]) if part]
                 z = predict(torch.cat(y)).float().unflatten(0, (len(views), -1))  # (V, B, K)
             pooled = y[0]  # (V_global B, D)
-            loss, pred, reg = multi_view_loss(z, args.global_views, args.lam, lambda view: regularize(view, args, step))
+            loss, pred, reg = multi_view_loss(z, args.global_views, args.lam, partial(regularize, args=args, step=step))
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, last, args.warmup_epochs * per_epoch, args)
