@@ -819,10 +819,15 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
             probe.main([*probe_photos, *extra])
 
 
-def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
-    run_train(tmp_path, "--steps", "1", "--recipe", "crops", "--model", "resnet18", "--batch-size", "4", "--local-views", "0")
+def test_probe_of_a_backbone_without_tokens(tmp_path, capsys, monkeypatch):
+    saved = run_train(tmp_path, "--steps", "1", "--recipe", "crops", "--model", "resnet18", "--batch-size", "4", "--local-views", "0")
     photos = jpeg_folder(tmp_path / "photos")
-    assert run_probe(capsys, tmp_path / "ckpt.pt", "--data", photos, "--workers", "0")["val"] == 24
+    encoders = []
+    monkeypatch.setattr(probe, "build_encoder", lambda *arguments: encoders.append(train.build_encoder(*arguments)) or encoders[-1])
+    for extra in ([], ["--finetune", "--steps", "2", "--batch-size", "12"]):
+        assert run_probe(capsys, tmp_path / "ckpt.pt", "--data", photos, "--workers", "0", *extra)["val"] == 24
+        # the running statistics of batch norm too
+        assert all(torch.equal(value, saved["encoder"][name]) for name, value in encoders[-1].state_dict().items())
     for extra, match in ((["--pool", "cls"], "resnet18 has no CLS token"), (["--layers", "2"], "resnet18 has no blocks"),
                          (["--pca", "x.png"], "resnet18 has no patch tokens")):
         with pytest.raises(SystemExit, match=match):
