@@ -278,6 +278,8 @@ def finetune(encoder, who, train_set, val_set, size, classes, options, path):
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
 
     batch = min(options.batch_size, len(train_set)) // world * world
+    if not batch:
+        sys.exit(f"probe.py: --batch-size {options.batch_size} and {len(train_set)} images do not reach {world} ranks; lower the number of ranks")
     per_epoch = len(train_set) // batch
     last = options.steps or options.epochs * per_epoch
     settings = {name: getattr(options, name) for name in "layer_decay drop_path smoothing mixup cutmix lr weight_decay seed".split()}
