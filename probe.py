@@ -135,7 +135,7 @@ def knn_probe(train_x, train_y, val_x, val_y, k=20, temperature=0.07):
 def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     """Linear classifiers of x (N, D), y (N,) for every (learning rate, weight decay) of heads, H of them in one matrix product.
 
-    rows: int64 indices of the images to fit, by default all; x is read batch by batch, and may be larger than memory.
+    rows: int64 indices of the images to fit, by default all; above IN_MEMORY numbers x is read batch by batch.
 
     Each minimises  mean cross-entropy(standardised x W + b, y) + decay / 2 |W|^2  by momentum SGD (0.9, batch 1024, cosine rate,
     10 passes and at least 400 steps; the last one counts) in the features' principal axes scaled to unit variance, where the
@@ -162,6 +162,8 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     turn = axes / variance.sqrt() / std[:, None]
     mean32, turn32, shrink = mean.float(), turn.float(), (1 / variance).float()[:, None, None]
 
+    turned = (x[rows].float() - mean32) @ turn32 if n * width <= IN_MEMORY else None  # once, where there is room
+
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
     weight, bias = torch.zeros(len(variance), len(heads), classes, device=device), torch.zeros(len(heads), classes, device=device)
     push, push_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -171,11 +173,11 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         if step % per_pass == 0:
-            order = rows[torch.randperm(n, generator=generator)]
-        now = order[step % per_pass * batch:][:batch].to(device)
-        z = (x[now].float() - mean32) @ turn32
+            order = torch.randperm(n, generator=generator)
+        now = order[step % per_pass * batch:][:batch]
+        z = turned[now] if turned is not None else (x[rows[now]].float() - mean32) @ turn32
         error = torch.addmm(bias.flatten(), z, weight.flatten(1)).view(batch, *bias.shape).softmax(-1)  # (B, H, C)
-        error.scatter_add_(2, y[now, None, None].expand(-1, len(heads), 1), error.new_full((batch, len(heads), 1), -1))
+        error.scatter_add_(2, y[rows[now], None, None].expand(-1, len(heads), 1), error.new_full((batch, len(heads), 1), -1))
         error = error.flatten(1) / batch
         push.lerp_((z.T @ error).view_as(weight), 0.1)
         push_bias.lerp_(error.sum(0).view_as(bias), 0.1)
