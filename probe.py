@@ -74,7 +74,7 @@ def extract_features(encoder, dataset, pool="avg", layers=1, batch_size=500, wor
                 out = encoder(normalize(images), layers=layers) if layers > 1 else encoder(normalize(images))
             cls = [out[:, 0].float()] if pool != "avg" else []
             x = torch.cat([embed(out), *cls] if pool != "cls" else cls, dim=1)
-        if features is None and rows * x.shape[1] <= IN_MEMORY:
+        if features is None and len(dataset) * x.shape[1] <= IN_MEMORY:  # by the whole: all ranks send one type
             features = torch.empty(rows, x.shape[1])
         elif features is None:
             with tempfile.NamedTemporaryFile(dir=folder) as file:  # its name goes at once, its room when the tensor goes
@@ -565,9 +565,10 @@ def main(argv=None):
                 result.setdefault("shots", {})[str(n)] = [round(mean, 2), round(std, 2)]
                 print(f"{n}-shot {mean:.2f} ± {std:.2f}%  |  {protocol}, linear, {n} a class, 5 draws, lr 1, weight decay 10 / images")
             print(f"effective rank {result['erank']:.1f} of {val_x.shape[1]}  |  {protocol}, validation images")
-        results.append(result)
+        if frozen or options.finetune:
+            results.append(result)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items()), "the probe moved the frozen encoder"
-    if rank == 0 and results and len(results[0]) > 14:
+    if rank == 0 and results:
         if len(results) > 1:
             columns = [c for c in ("knn", "linear", "finetune") if c in results[0]]
             print(f"{'data':24}" + "".join(f"{c:>10}" for c in columns))

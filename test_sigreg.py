@@ -661,6 +661,25 @@ def test_large_features_go_to_a_file(trained, tmp_path, monkeypatch, few_shapes)
     assert probe.linear_probe(mapped[:100], y[:100], mapped[100:], y[100:]) == pytest.approx(probe.linear_probe(x[:100], y[:100], x[100:], y[100:]), abs=5)
 
 
+def extracting_rank(rank, folder):
+    """One of two gloo ranks: everything is above IN_MEMORY, a share is not."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    probe.IN_MEMORY = 30 * 768
+    features = probe.extract_features(None, train.Images(torch.utils.data.Subset(train.Shapes(32), range(41)), 32), folder=folder)
+    if rank == 0:
+        torch.save([part.clone() for part in features], f"{folder}/features.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_where_large_features_go(tmp_path):
+    mp.spawn(extracting_rank, (str(tmp_path),), nprocs=2)
+    x, y = torch.load(tmp_path / "features.pt")
+    images = torch.stack([torch.from_numpy(train.Shapes(32)[i][0]) for i in range(41)]).permute(0, 3, 1, 2) / 255
+    assert x.dtype == torch.float16 and torch.equal(y, torch.arange(41) % 10)
+    assert torch.allclose(x.float(), torch.nn.functional.avg_pool2d(images, 2).flatten(1), atol=1e-3)
+
+
 def test_last_layers_stand_side_by_side():
     torch.manual_seed(0)
     encoder, images = model.vit("vit_n8", 32), torch.randn(2, 3, 32, 32)
