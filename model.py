@@ -3,16 +3,16 @@
     python model.py             # prints every model's parameters and GFLOPs per image
 
     encoder = vit("vit_b16", image_size=224)
-    tokens = encoder(images)                                  # (B, 1 + N, D): CLS, then the N patches in raster order
-    tokens = encoder(images, context)                         # (B, 1 + Nc, D): only these patches, context (B, Nc)
-    tokens = encoder(images, targets)                         # (B, K, 1 + Nt, D): each block on its own, targets (B, K, Nt)
-    z = TransformerPredictor(768, 14 * 14)(tokens, context, targets)   # (B, K, Nt, D)
+    encoder(images)                # (B, 1 + P, D): CLS, then the P patches in raster order
+    encoder(images, context)       # (B, 1 + Nc, D): these patches alone, context (B, Nc)
+    encoder(images, targets)       # (B, K, 1 + Nt, D): each block on its own, targets (B, K, Nt)
+    TransformerPredictor(768, 14 * 14)(tokens, context, targets)     # (B, K, Nt, D)
 
-There is one encoder: no EMA copy, no stop-gradient. Parameter names, shapes and numerics are those of timm's ViT, so a
-state dict of ours loads there with strict=True (timm.create_model("vit_base_patch16_224", num_classes=0)). This file needs
-torch alone.
+There is one encoder: no EMA copy, no stop-gradient. Parameter names, shapes and numerics are those
+of timm's ViT, so a state dict of ours loads there with strict=True
+(timm.create_model("vit_base_patch16_224", num_classes=0)). This file needs torch alone.
 """
-import math
+
 import re
 
 import torch
@@ -33,17 +33,19 @@ SIZES = {
 class Block(nn.Module):
     """Pre-norm transformer block, (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, dim, heads, mlp_ratio=4):
+    def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, mlp_ratio * dim), "fc2": nn.Linear(mlp_ratio * dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x):
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads)
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
+        heads = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn["proj"](heads.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
@@ -55,19 +57,20 @@ def init_weights(module):
 
 
 def gather_tokens(x, indices):
-    """x (B, N, D), indices (B, ..., n) -> (B, ..., n, D): row b of the result holds x[b, indices[b]]."""
+    """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]]."""
     flat = indices.flatten(1)
     return x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*indices.shape, x.shape[2])
 
 
 class VisionTransformer(nn.Module):
-    """Pre-norm ViT with a CLS token and learned position embeddings (Dosovitskiy et al. 2021), no head.
+    """Pre-norm ViT, CLS token, learned position embeddings (Dosovitskiy et al. 2021), no head.
 
-    images (B, 3, S, S) float, indices None, (B, n) or (B, K, n) int64 patch indices in raster order ->
-    (B, 1 + N, D), (B, 1 + n, D) or (B, K, 1 + n, D) after the last LayerNorm, CLS first. With indices the other
-    patches take no part: every (n,) set is a sequence of its own. Images of another size than the model's are taken too, their
-    position embeddings resized (bicubic, antialiased). With layers = l the outputs of the last l blocks, each after the last
-    LayerNorm, stand side by side: (..., l D), the last block's first.
+    images (B, 3, S, S) float, indices None, (B, n) or (B, K, n) int64 patch indices in raster order
+    -> (B, 1 + P, D), (B, 1 + n, D) or (B, K, 1 + n, D) after the last LayerNorm, CLS first. With
+    indices the other patches take no part: every (n,) set is a sequence of its own. Images of
+    another size than the model's are taken too, their position embeddings resized (bicubic,
+    antialiased). With layers = l the outputs of the last l blocks, each after the last LayerNorm,
+    stand side by side: (..., l D), the last block's first.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12):
@@ -87,30 +90,38 @@ class VisionTransformer(nn.Module):
         position = self.pos_embed[:, 1:]
         if x.shape[2:] != (self.grid, self.grid):
             position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-            position = F.interpolate(position, x.shape[2:], mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-        x = x.flatten(2).transpose(1, 2) + position  # (B, N, D)
+            position = F.interpolate(position, x.shape[2:], mode="bicubic", antialias=True)
+            position = position.flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2) + position  # (B, P, D)
         if indices is not None:
             x = gather_tokens(x, indices).flatten(0, -3)  # (B, n, D) or (B * K, n, D)
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
         last = []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i >= len(self.blocks) - layers:
                 last.insert(0, self.norm(x))
         x = last[0] if layers == 1 else torch.cat(last, dim=-1)
-        return x.unflatten(0, indices.shape[:2]) if indices is not None and indices.ndim == 3 else x
+        blocks = indices is not None and indices.ndim == 3
+        return x.unflatten(0, indices.shape[:2]) if blocks else x
 
 
 def vit(name, image_size=224):
-    """A VisionTransformer by name, vit_{n,t,s,b,l,h}{patch}; ValueError for another name or an indivisible image size."""
+    """A VisionTransformer by name, vit_{n,t,s,b,l,h}{patch}.
+
+    ValueError for another name, or for an image size that the patch size does not divide.
+    """
     match = re.fullmatch(r"vit_([a-z])([1-9]\d*)", name)
     if not match or match[1] not in SIZES:
-        raise ValueError(f"model.py: no model {name!r}; names are vit_{{{','.join(SIZES)}}}{{patch}}, such as vit_b16 or vit_n8")
+        names = f"vit_{{{','.join(SIZES)}}}{{patch}}, such as vit_b16 or vit_n8"
+        raise ValueError(f"model.py: no model {name!r}; names are {names}")
     patch = int(match[2])
     if image_size < patch or image_size % patch:
-        near = sorted({max(image_size // patch, 1) * patch, (image_size // patch + 1) * patch})
-        raise ValueError(f"model.py: image size {image_size} is not a multiple of the patch size {patch} of {name} "
-                         f"(try {' or '.join(map(str, near))})")
+        below = image_size // patch * patch
+        near = f"{below} or {below + patch}" if below else f"{patch}"
+        wrong = f"image size {image_size} is not a multiple of the patch size {patch} of {name}"
+        raise ValueError(f"model.py: {wrong} (try {near})")
     return VisionTransformer(image_size, patch, *SIZES[match[1]])
 
 
@@ -119,14 +130,15 @@ class MLPPredictor(nn.Module):
 
     z_bki = W2 gelu(W1 [mean of the context tokens of b ; position embedding of patch targets_bki])
 
-    tokens (B, 1 + Nc, D), context (B, Nc) (unused: the pool has no order), targets (B, K, Nt) -> (B, K, Nt, D).
+    tokens (B, 1 + Nc, D), context (B, Nc) (unused: the pool has no order), targets (B, K, Nt) ->
+    (B, K, Nt, D).
     """
 
-    def __init__(self, dim, num_patches, hidden=None):
+    def __init__(self, dim, num_patches):
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, dim))
-        self.fc1 = nn.Linear(2 * dim, hidden or dim)
-        self.fc2 = nn.Linear(hidden or dim, dim)
+        self.fc1 = nn.Linear(2 * dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_weights)
 
@@ -137,15 +149,16 @@ class MLPPredictor(nn.Module):
 
 
 class TransformerPredictor(nn.Module):
-    """A narrow transformer: mask tokens with positions attend to the context and to each other, I-JEPA style.
+    """A narrow transformer: mask tokens with positions attend to the context and to each other.
 
-    tokens (B, 1 + Nc, D), context (B, Nc), targets (B, K, Nt) -> (B, K, Nt, D). The K blocks of an image share one
-    sequence [CLS, context, mask tokens] of width `width` (I-JEPA runs one sequence a block, which costs K contexts).
+    tokens (B, 1 + Nc, D), context (B, Nc), targets (B, K, Nt) -> (B, K, Nt, D). The K blocks of an
+    image share one sequence [CLS, context, mask tokens] of half the width; I-JEPA, whose predictor
+    it follows, runs one sequence a block, which costs K contexts.
     """
 
-    def __init__(self, dim, num_patches, width=None, depth=4):
+    def __init__(self, dim, num_patches, depth=4):
         super().__init__()
-        width = width or max(dim // 2, 64)
+        width = max(dim // 2, 64)
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, width))
@@ -159,33 +172,36 @@ class TransformerPredictor(nn.Module):
     def forward(self, tokens, context, targets):
         position = self.pos_embed.expand(len(targets), -1, -1)
         x = self.embed(tokens)
-        x = torch.cat([x[:, :1], x[:, 1:] + gather_tokens(position, context),
-                       self.mask_token + gather_tokens(position, targets.flatten(1))], dim=1)
+        context = x[:, 1:] + gather_tokens(position, context)
+        asked = self.mask_token + gather_tokens(position, targets.flatten(1))
+        x = torch.cat([x[:, :1], context, asked], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.proj(self.norm(x[:, tokens.shape[1]:])).view(*targets.shape, -1)
+        return self.proj(self.norm(x[:, tokens.shape[1] :])).view(*targets.shape, -1)
 
 
 def projector(dim, out_dim, hidden=2048):
-    """MLP dim -> hidden -> hidden -> out_dim with batch norm, as in source B: features (N, dim) -> z (N, out_dim), for the loss only."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden),
-                         nn.ReLU(), nn.Linear(hidden, out_dim))
+    """MLP with batch norm for the loss only, as in source B: (N, dim) -> z (N, out_dim)."""
+    sizes = (dim, hidden), (hidden, hidden)
+    layers = [m for i, o in sizes for m in (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(hidden, out_dim))
 
 
 def main():
     """One row a model; GFLOPs of one forward pass of one image, a multiply-add counted as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    print(f"{'model':10}{'image':>7}{'tokens':>8}{'width':>7}{'depth':>7}{'parameters':>13}{'GFLOPs/image':>14}")
+    print("model     image  tokens  width  depth   parameters  GFLOPs/image")
     with torch.device("meta"):  # shapes without memory
-        for name, size in [("vit_n8", 32), ("vit_n4", 32), ("vit_n8", 64), ("vit_t16", 224), ("vit_s16", 224),
-                           ("vit_b16", 224), ("vit_l16", 224), ("vit_h14", 224)]:
+        small = [("vit_n8", 32), ("vit_n4", 32), ("vit_n8", 64)]
+        large = [(f"vit_{size}", 224) for size in ("t16", "s16", "b16", "l16", "h14")]
+        for name, size in small + large:
             encoder = vit(name, size)
             with FlopCounterMode(display=False) as flops:
-                tokens = encoder(torch.empty(1, 3, size, size))
-            count = sum(p.numel() for p in encoder.parameters())
-            print(f"{name:10}{size:7}{tokens.shape[1]:8}{encoder.dim:7}{len(encoder.blocks):7}{count:13,}"
-                  f"{flops.get_total_flops() / 1e9:14.2f}")
+                tokens = encoder(torch.empty(1, 3, size, size)).shape[1]
+            depth, count = len(encoder.blocks), sum(p.numel() for p in encoder.parameters())
+            gflops = flops.get_total_flops() / 1e9
+            print(f"{name:8}{size:7}{tokens:8}{encoder.dim:7}{depth:7}{count:13,}{gflops:14.2f}")
         for predictor in (MLPPredictor, TransformerPredictor):
             count = sum(p.numel() for p in predictor(768, 14 * 14).parameters())
             print(f"{predictor.__name__}(768, 196): {count:,} parameters")

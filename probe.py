@@ -1,151 +1,170 @@
-"""What did the encoder learn? The numbers and pictures of an evaluation section, from one checkpoint of train.py.
+"""What did the encoder learn? The numbers and pictures of an evaluation section, from a checkpoint.
 
-    python probe.py ckpt.pt                               # k-NN and linear top-1 on the data set that the checkpoint names
-    python probe.py ckpt.pt --untrained                   # the same encoder before training: the floor under any claim
+    python probe.py ckpt.pt                               # k-NN, linear on its own data set
+    python probe.py ckpt.pt --untrained                   # before training: the floor of any claim
     python probe.py ckpt.pt --pixels                      # no encoder at all: the other floor
-    python probe.py ckpt.pt --shots 1 10                  # and with n labelled images a class, 5 draws
-    python probe.py ckpt.pt --layers 4 --pool both        # the last 4 blocks, mean of the patch tokens beside CLS (ViT)
+    python probe.py ckpt.pt --shots 1 10                  # and with n labels a class, 5 draws
+    python probe.py ckpt.pt --layers 4 --pool both        # the last 4 blocks, patch mean beside CLS
     python probe.py ckpt.pt --data cifar10 dtd photos     # transfer: other data sets, one table
-    python probe.py ckpt.pt --finetune                    # all weights trained on the labels; again: continues
+    python probe.py ckpt.pt --finetune                    # all weights on labels; again: continues
     python probe.py ckpt.pt --pca pca.png --nearest nearest.png
-    python probe.py ckpt.pt --export encoder.safetensors  # the encoder alone, under timm's names (or encoder.pt)
-    torchrun --nproc_per_node=8 probe.py ckpt.pt          # features and fine-tuning on all ranks
+    python probe.py ckpt.pt --export encoder.safetensors  # the encoder alone, timm's names; or .pt
+    torchrun --nproc_per_node=8 probe.py ckpt.pt          # features, fine-tuning on all ranks
 
-Features are extracted once from resized, centre-cropped images. Every number is top-1 in percent on the validation split, which
-takes no part in fitting or choosing anything, and stands with its protocol; the last line of standard output is one JSON object,
-or with several data sets a list of them.
+Features are extracted once from resized, centre-cropped images. A protocol is one function:
+features and labels in, out a dictionary with `name`, its top-1 in percent on the validation split,
+which takes no part in fitting or choosing anything, and `name_protocol`. The last line of standard
+output is JSON.
+
+N training and M validation images, D features, C classes, H linear heads; B, V, S as in train.py.
 """
+
 import argparse
 import copy
-import datetime
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
+import train
 from sigreg import effective_rank
-from train import Images, batches, build_encoder, embed, learning_rate, load_checkpoint, normalize, open_data, read
 
-NEIGHBOURS = (1, 5, 10, 20, 50, 200)
 IN_MEMORY = 2**28  # features of more numbers than this are float16 in a file
-#   the linear heads: learning rate x weight decay
-HEADS = tuple(itertools.product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)))
+NEIGHBOURS = (1, 5, 10, 20, 50, 200)
+HEADS = tuple(  # learning rate x weight decay of the linear heads
+    itertools.product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
+)
 
-# --------------------------------------------------------------------------------------------------- features
+# ---------------------------------------------------------------------------------------- features
+
+
+def read_out(encoder, images, pool, layers):
+    """Features (B, D) of images (B, 3, S, S) in [0, 1]; without an encoder, 16 x 16 pixels."""
+    if encoder is None:
+        return F.adaptive_avg_pool2d(images, 16).flatten(1)
+    images = train.normalize(images)
+    tokens = encoder(images, layers=layers) if layers > 1 else encoder(images)
+    parts = [train.embed(tokens)] * (pool != "cls")
+    parts += [tokens[:, 0].float()] * (pool != "avg")
+    return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()
-def extract_features(encoder, dataset, pool="avg", layers=1, batch_size=500, workers=0, amp=False, folder=None):
-    """Features (N, D) and labels (N,) int64, on the CPU, of all N images in order; under torchrun each rank does its share.
+def extract_features(
+    encoder, images, pool="avg", layers=1, batch_size=500, workers=0, amp=False, folder=None
+):
+    """Features (N, D) and labels (N,) int64 of all N images in order, on the CPU.
 
-    encoder: images (B, 3, S, S) -> tokens (B, 1 + n, D) or features (B, D), or None: the pixels themselves, reduced to 16 x 16;
-    dataset: train.Images; pool avg: mean of the patch tokens, cls: the CLS token, both: one beside the other; layers: how many last
-    blocks (ViT); amp: bfloat16 autocast. Float32; above IN_MEMORY numbers float16 in a nameless file in `folder`, mapped into memory.
-    Rank 0 returns everything, the others their share.
+    encoder: images -> tokens (B, 1 + P, D) or features (B, D), or None: the pixels; images:
+    train.Images; pool: avg, the mean of the patch tokens, cls, the CLS token, or both side by side;
+    layers: how many last blocks (ViT); amp: bfloat16 autocast. Float32; above IN_MEMORY numbers
+    float16 in a nameless file in `folder`, mapped into memory. Under torchrun each rank encodes its
+    share; rank 0 returns everything, the others their share.
     """
     device = next(encoder.parameters()).device if encoder else torch.device("cpu")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    bounds = [len(dataset) * r // world for r in range(world + 1)]
-    first, last = bounds[rank:rank + 2]
-    chunks = [[(0, i) for i in range(at, min(at + batch_size, last))] for at in range(first, last, batch_size)]
-    rows = len(dataset) if rank == 0 else last - first
+    bounds = [len(images) * r // world for r in range(world + 1)]
+    first, last = bounds[rank], bounds[rank + 1]
+    chunks = [range(at, min(at + batch_size, last)) for at in range(first, last, batch_size)]
+    chunks = [[(0, i) for i in chunk] for chunk in chunks]
+    rows = len(images) if rank == 0 else last - first
     features, labels, done = None, torch.zeros(rows, dtype=torch.int64), 0
-    for images, _, label in read(torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)):
-        images = images[:, 0].to(device) / 255
-        if encoder is None:
-            x = F.adaptive_avg_pool2d(images, 16).flatten(1)
-        else:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                out = encoder(normalize(images), layers=layers) if layers > 1 else encoder(normalize(images))
-            cls = [out[:, 0].float()] if pool != "avg" else []
-            x = torch.cat([embed(out), *cls] if pool != "cls" else cls, dim=1)
-        if features is None and len(dataset) * x.shape[1] <= IN_MEMORY:  # by the whole: all ranks send one type
-            features = torch.empty(rows, x.shape[1])
-        elif features is None:
-            with tempfile.NamedTemporaryFile(dir=folder) as file:  # its name goes at once, its room when the tensor goes
-                features = torch.from_file(file.name, shared=True, size=rows * x.shape[1], dtype=torch.float16).view(rows, -1)
-        features[done:done + len(x)], labels[done:done + len(x)] = x.cpu(), label
+    for views, _, label in train.read(train.loader_of(images, chunks, workers)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
+        if features is None:  # by the size of the whole: all ranks send one type
+            features = make_room(rows, x.shape[1], len(images), folder)
+        features[done : done + len(x)], labels[done : done + len(x)] = x.cpu(), label
         done += len(x)
     for r in range(1, world):
         if rank == 0 and bounds[r] < bounds[r + 1]:
-            dist.recv(features[bounds[r]:bounds[r + 1]], r)
-            dist.recv(labels[bounds[r]:bounds[r + 1]], r)
+            dist.recv(features[bounds[r] : bounds[r + 1]], r)
+            dist.recv(labels[bounds[r] : bounds[r + 1]], r)
         elif rank == r and rows:
             dist.send(features, 0)
             dist.send(labels, 0)
     return features, labels
 
 
-# ----------------------------------------------------------------------------------------------------- probes
+def make_room(rows, width, whole, folder):
+    """(rows, width), in memory if all `whole` rows would fit there, else in a nameless file."""
+    if whole * width <= IN_MEMORY:
+        return torch.empty(rows, width)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:  # its room goes when the tensor does
+        size, dtype = rows * width, torch.float16
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(rows, width)
+
+
+# --------------------------------------------------------------------------- k-NN, linear, few-shot
 
 
 def check_labels(train_y, val_y):
-    """ValueError where the labels (N,), (M,) cannot be probed: some missing, a single class, or classes that training has not."""
+    """ValueError where labels (N,), (M,) cannot be probed: missing, a single class, unseen ones."""
     for name, y in (("training", train_y), ("validation", val_y)):
-        if y.min() < 0:
-            raise ValueError(f"probe.py: {int((y < 0).sum())} of {len(y)} {name} images have no label; probe a labelled data set")
-    if len(train_y.unique()) < 2:
-        raise ValueError("probe.py: the training split has a single class; a probe needs two to tell apart")
-    missing = sorted(set(val_y.unique().tolist()) - set(train_y.unique().tolist()))
-    if missing:
-        raise ValueError(f"probe.py: {len(missing)} classes of the validation split, such as {missing[0]}, are not in the training split; "
-                         "both need the same classes")
+        missing = int((y < 0).sum())
+        if missing:
+            images = f"{missing} of {len(y)} {name} images"
+            raise ValueError(f"probe.py: {images} have no label; probe a labelled data set")
+    known = train_y.unique()
+    if len(known) < 2:
+        raise ValueError("probe.py: the training split has a single class; a probe needs two")
+    unseen = sorted(set(val_y.unique().tolist()) - set(known.tolist()))
+    if unseen:
+        classes = f"{len(unseen)} classes of the validation split, such as {unseen[0]},"
+        raise ValueError(f"probe.py: {classes} are not in the training split; both need the same")
 
 
 @torch.no_grad()
-def knn_probe(train_x, train_y, val_x, val_y, k=20, temperature=0.07):
-    """Top-1 in percent of the vote of the k nearest training images by cosine, each weighted exp(cosine / temperature).
+def knn_probe(train_x, train_y, val_x, val_y, ks=NEIGHBOURS, temperature=0.07):
+    """The vote of the k nearest training images by cosine, each weighted exp(cosine / temperature).
 
-    train_x (N, D), val_x (M, D) features, train_y (N,), val_y (M,) int64 labels (Wu et al. 2018); k an int, or several for a
-    list. Exact, float32, on the device of train_x. ValueError as check_labels has it.
+    train_x (N, D), val_x (M, D) features, train_y (N,), val_y (M,) int64 labels (Wu et al. 2018).
+    Exact, float32, on the device of train_x. Returns `knn`, that of k = 20 or else of the last k,
+    and `knn_k`, of all ks. ValueError as check_labels has it.
     """
     check_labels(train_y, val_y)
-    ks = [min(n, len(train_x)) for n in ([k] if isinstance(k, int) else k)]
-    device, most, classes = train_x.device, max(ks), int(train_y.max()) + 1
+    device, classes = train_x.device, int(train_y.max()) + 1
     train_x, train_y = train_x.to(torch.float32, copy=True), train_y.to(device)
     F.normalize(train_x, dim=1, out=train_x)  # one copy: of ImageNet it is 4 GB
     right = torch.zeros(len(ks), dtype=torch.int64, device=device)
     chunk = max(2**26 // len(train_x), 1)
-    for x, y in zip(val_x.split(chunk), val_y.split(chunk)):
-        cosine, nearest = (F.normalize(x.to(device).float(), dim=1) @ train_x.T).topk(most, dim=1)
+    for x, y in zip(val_x.split(chunk), val_y.split(chunk), strict=True):
+        cosine = F.normalize(x.to(device).float(), dim=1) @ train_x.T
+        cosine, nearest = cosine.topk(min(max(ks), len(train_x)), dim=1)
         weight, label = (cosine / temperature).exp(), train_y[nearest]
-        for i, n in enumerate(ks):
-            votes = weight.new_zeros(len(x), classes).scatter_add_(1, label[:, :n], weight[:, :n])
+        for i, k in enumerate(ks):
+            votes = weight.new_zeros(len(x), classes)
+            votes.scatter_add_(1, label[:, :k], weight[:, :k])
             right[i] += (votes.argmax(1) == y.to(device)).sum()
-    top1 = (100 * right.double() / len(val_y)).tolist()
-    return top1[0] if isinstance(k, int) else top1
+    percent = (100 * right.double() / len(val_y)).tolist()
+    top1 = {k: round(value, 2) for k, value in zip(ks, percent, strict=True)}
+    k = 20 if 20 in top1 else ks[-1]
+    protocol = f"k = {k}, cosine, temperature {temperature}"
+    return {"knn": top1[k], "knn_k": top1, "knn_protocol": protocol}
 
 
-@torch.no_grad()
-def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
-    """Linear classifiers of x (N, D), y (N,) for every (learning rate, weight decay) of heads, H of them in one matrix product.
+def principal_axes(x, rows):
+    """Mean (D,), map (D, R) to R principal axes of unit variance, and 1 / variance (R,) of each.
 
-    rows: int64 indices of the images to fit, by default all; above IN_MEMORY numbers x is read batch by batch.
-
-    Each minimises  mean cross-entropy(standardised x W + b, y) + decay / 2 |W|^2  by momentum SGD (0.9, batch 1024, cosine rate,
-    10 passes and at least 400 steps; the last one counts) in the features' principal axes scaled to unit variance, where the
-    Hessian is well conditioned: some 10 passes do what takes hundreds on standardised features. The penalty stays that of the
-    standardised ones; its step is implicit, so any decay is stable. Returns weight (D, H, C) and bias (H, C) that act on x as
-    it is, on the device of x.
+    Of the standardised features x[rows], in float64. A thousandth is added to the variances, so
+    that axes on which the features have nothing are not blown up.
     """
-    rows = torch.arange(len(x)) if rows is None else rows.cpu()
-    n, width, classes, device = len(rows), x.shape[1], int(y.max()) + 1, x.device
-    total, gram = torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, width, dtype=torch.float64, device=device)
+    n, width, device = len(rows), x.shape[1], x.device
+    total = torch.zeros(width, dtype=torch.float64, device=device)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
     for part in rows.split(2**14):
         part = x[part].double()
         total += part.sum(0)
@@ -155,57 +174,86 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     std = covariance.diagonal().clamp_min(1e-12).sqrt()
     if n > width:
         variance, axes = torch.linalg.eigh(covariance / std / std[:, None])
-    else:  # the same from n images directly, without the axes on which they have nothing and no weight would move
-        _, singular, axes = torch.linalg.svd((x[rows].double() - mean) / std, full_matrices=False)
+    else:  # the same from n images directly, without the axes on which they all agree
+        z = (x[rows].double() - mean) / std
+        _, singular, axes = torch.linalg.svd(z, full_matrices=False)
         variance, axes = singular.square() / n, axes.T
-    variance = variance.clamp_min(0) + 1e-3  # so that empty axes are not blown up
-    turn = axes / variance.sqrt() / std[:, None]
-    mean32, turn32, shrink = mean.float(), turn.float(), (1 / variance).float()[:, None, None]
+    variance = variance.clamp_min(0) + 1e-3
+    return mean, axes / variance.sqrt() / std[:, None], 1 / variance
 
-    turned = (x[rows].float() - mean32) @ turn32 if n * width <= IN_MEMORY else None  # once, where there is room
 
+@torch.no_grad()
+def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
+    """Linear classifiers of x (N, D), y (N,), for H (learning rate, weight decay) at once.
+
+        min over W, b of  mean cross-entropy(standardised x W + b, y) + decay / 2 |W|^2
+
+    by momentum SGD (0.9, batch 1024, cosine rate, 10 passes and at least 400 steps) in principal
+    axes scaled to variance 1: the problem is well conditioned there, and 10 passes do what takes
+    hundreds on standardised features. The penalty stays that of the standardised ones: 1 / variance
+    on each axis, and its step is implicit, so any decay is stable. rows: indices of the images to
+    fit, all by default; above IN_MEMORY numbers x is read batch by batch. Returns weight (D, H, C)
+    and bias (H, C), which act on x as it is, on the device of x.
+    """
+    rows = torch.arange(len(x)) if rows is None else rows.cpu()
+    n, classes, count, device = len(rows), int(y.max()) + 1, len(heads), x.device
+    mean, turn, shrink = principal_axes(x, rows)
+    mean32, turn32, shrink = mean.float(), turn.float(), shrink.float()[:, None, None]
+    turned = None
+    if n * x.shape[1] <= IN_MEMORY:  # once, where there is room
+        turned = (x[rows].float() - mean32) @ turn32
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
-    weight, bias = torch.zeros(len(variance), len(heads), classes, device=device), torch.zeros(len(heads), classes, device=device)
-    push, push_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight = torch.zeros(turn.shape[1], count, classes, device=device)
+    bias = torch.zeros(count, classes, device=device)
+    momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
     batch = min(1024, n)
-    per_pass = n // batch
-    steps = max(10 * per_pass, 400)
+    steps = max(10 * (n // batch), 400)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        if step % per_pass == 0:
+        at = step % (n // batch) * batch
+        if at == 0:
             order = torch.randperm(n, generator=generator)
-        now = order[step % per_pass * batch:][:batch]
-        z = turned[now] if turned is not None else (x[rows[now]].float() - mean32) @ turn32
-        error = torch.addmm(bias.flatten(), z, weight.flatten(1)).view(batch, *bias.shape).softmax(-1)  # (B, H, C)
-        error.scatter_add_(2, y[rows[now], None, None].expand(-1, len(heads), 1), error.new_full((batch, len(heads), 1), -1))
+        now = order[at : at + batch]
+        z = (x[rows[now]].float() - mean32) @ turn32 if turned is None else turned[now]
+        logits = torch.addmm(bias.flatten(), z, weight.flatten(1)).view(batch, count, classes)
+        error = logits.softmax(-1)  # less the one-hot labels, the gradient of the logits
+        label = y[rows[now], None, None].expand(-1, count, 1)
+        error.scatter_add_(2, label, error.new_full(label.shape, -1))
         error = error.flatten(1) / batch
-        push.lerp_((z.T @ error).view_as(weight), 0.1)
-        push_bias.lerp_(error.sum(0).view_as(bias), 0.1)
+        momentum.lerp_((z.T @ error).view_as(weight), 0.1)
+        bias_momentum.lerp_(error.sum(0).view_as(bias), 0.1)
         pace = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        weight.sub_(pace * push).div_(1 + pace * decay * shrink)
-        bias.sub_(pace * push_bias)
-    weight = (turn @ weight.double().flatten(1)).view(width, *bias.shape)
-    return weight.float(), (bias - (mean @ weight.flatten(1)).view_as(bias)).float()
+        weight.sub_(pace * momentum).div_(1 + pace * decay * shrink)
+        bias.sub_(pace * bias_momentum)
+    weight = turn @ weight.double().flatten(1)  # (D, H C), on the features as they came
+    bias = bias - (mean @ weight).view_as(bias)
+    return weight.view(-1, count, classes).float(), bias.float()
 
 
 @torch.no_grad()
 def score(weight, bias, x, y):
-    """Top-1 in percent of each of H linear heads: weight (D, H, C), bias (H, C), x (N, D), y (N,) -> list of H."""
+    """Top-1 in percent of H heads: weight (D, H, C), bias (H, C), x (N, D), y (N,) -> list of H."""
     right = torch.zeros(len(bias), dtype=torch.int64, device=weight.device)
-    for part, label in zip(x.split(4096), y.split(4096)):
-        logits = torch.addmm(bias.flatten(), part.to(weight.device).float(), weight.flatten(1)).view(len(part), *bias.shape)
-        right += (logits.argmax(-1) == label.to(weight.device)[:, None]).sum(0)
+    for part, label in zip(x.split(4096), y.split(4096), strict=True):
+        part, label = part.to(weight.device).float(), label.to(weight.device)
+        logits = torch.addmm(bias.flatten(), part, weight.flatten(1)).view(len(part), *bias.shape)
+        right += (logits.argmax(-1) == label[:, None]).sum(0)
     return (100 * right.double() / len(y)).tolist()
 
 
-def train_linear(train_x, train_y, seed=0, heads=HEADS):
-    """The linear head of the probe, from the training split alone: weight, bias, (learning rate, decay), held-out top-1.
+def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
+    """A linear classifier of frozen features; learning rate and weight decay chosen without val.
 
-    All heads are fitted to nine tenths of train_x (N, D), train_y (N,); the best on the held-out tenth (drawn by the seed, class by
-    class) is fitted again to everything. weight (D, 1, C), bias (1, C). ValueError with one image a class.
+    All heads are fitted to nine tenths of the training images; the best on the held-out tenth
+    (drawn by the seed, class by class) is fitted again to everything, and scored on the validation
+    split, whose labels are compared with predictions and nothing else. Shapes, errors as in
+    knn_probe; also ValueError with one image a class. Returns `linear`, and how its head was
+    chosen.
     """
+    check_labels(train_y, val_y)
     if train_y.bincount().max() < 2:
-        raise ValueError("probe.py: with one training image a class none can be held out to choose the linear head; two are needed")
+        wanted = "none can be held out to choose the linear head; two are needed"
+        raise ValueError(f"probe.py: with one training image a class {wanted}")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     order = order[train_y.cpu()[order].argsort(stable=True)]
     held = torch.zeros(len(order), dtype=torch.bool)
@@ -213,371 +261,477 @@ def train_linear(train_x, train_y, seed=0, heads=HEADS):
     rest, held = (~held).nonzero()[:, 0], held.nonzero()[:, 0].to(train_x.device)
     top1 = score(*fit_heads(train_x, train_y, heads, seed, rest), train_x[held], train_y[held])
     best = max(range(len(heads)), key=top1.__getitem__)
-    return *fit_heads(train_x, train_y, [heads[best]], seed), heads[best], top1[best]
-
-
-def linear_probe(train_x, train_y, val_x, val_y, seed=0):
-    """Top-1 in percent of a linear classifier on frozen features: train_linear's head on the validation split.
-
-    Shapes and errors as in knn_probe, on the device of train_x. The labels val_y are compared with predictions and nothing else.
-    """
-    check_labels(train_y, val_y)
-    weight, bias, _, _ = train_linear(train_x, train_y, seed)
-    return score(weight, bias, val_x, val_y)[0]
+    weight, bias = fit_heads(train_x, train_y, [heads[best]], seed)
+    (rate, decay), held_out = heads[best], top1[best]
+    protocol = f"lr {rate:g} and weight decay {decay:g} chosen of {len(heads)} by a held-out tenth"
+    result = {"linear": round(score(weight, bias, val_x, val_y)[0], 2), "linear_lr": rate}
+    result |= {"linear_decay": decay, "linear_held_out": round(held_out, 2)}
+    protocol += f" of the training images ({held_out:.2f}%)"
+    return result | {"linear_heads": len(heads), "linear_protocol": protocol}
 
 
 def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
-    """Top-1 in percent, one for each of `draws` draws, of linear heads fitted to `shots` training images a class.
+    """Linear heads on `shots` training images a class: the mean of some draws, and its deviation.
 
-    Shapes and errors as in knn_probe. So few leave none to choose by: rate 1 and decay 10 / (number of images) throughout.
+    Shapes and errors as in knn_probe. So few images leave none to choose by: rate 1 and decay
+    10 / (number of images) throughout.
     """
     check_labels(train_y, val_y)
-    fewest, where = train_y.bincount()[train_y.unique()].min(0)
+    classes = train_y.unique()
+    fewest, where = train_y.bincount()[classes].min(0)
     if fewest < shots:
-        raise ValueError(f"probe.py: --shots {shots}, but class {train_y.unique()[where]} has {fewest} training images")
+        has = f"class {classes[where]} has {fewest} training images"
+        raise ValueError(f"probe.py: --shots {shots}, but {has}")
     top1 = []
     for seed in range(draws):
-        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed)).to(train_y.device)
-        rows = torch.cat([order[train_y[order] == c][:shots] for c in train_y.unique()])
-        top1 += score(*fit_heads(train_x, train_y, [(1.0, 10 / len(rows))], seed, rows), val_x, val_y)
-    return top1
+        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
+        order = order.to(train_y.device)
+        rows = torch.cat([order[train_y[order] == c][:shots] for c in classes])
+        head = fit_heads(train_x, train_y, [(1.0, 10 / len(rows))], seed, rows)
+        top1 += score(*head, val_x, val_y)
+    name, mean, std = f"{shots}-shot", np.mean(top1), round(np.std(top1, ddof=1).item(), 2)
+    protocol = f"± {std:.2f} over {draws} draws, linear, lr 1, weight decay 10 / images"
+    return {name: round(mean.item(), 2), f"{name}_std": std, f"{name}_protocol": protocol}
 
 
-# ------------------------------------------------------------------------------------------------ fine-tuning
+def frozen_features(encoder, images, options):
+    """extract_features as the options have it; large ones go in a file beside the checkpoint."""
+    encoder, folder = None if options.pixels else encoder, Path(options.ckpt).absolute().parent
+    settings = {"pool": options.pool, "layers": options.layers, "workers": options.workers}
+    return extract_features(encoder, images, **settings, amp=options.amp, folder=folder)
 
 
-def finetune(encoder, who, train_set, val_set, size, classes, options, path):
-    """Trains a copy of the encoder and a new linear head on the labels; top-1 in percent of the last step (rank 0), else None.
+def frozen_probes(encoder, train_set, val_set, options, device):
+    """Effective rank, k-NN, linear and few-shot of frozen features, on rank 0; {} on the others."""
+    train_x, train_y = frozen_features(encoder, train_set, options)
+    val_x, val_y = frozen_features(encoder, val_set, options)
+    here = dist.is_initialized() and dist.get_rank()
+    # a collective: the other ranks' images are rank 0's by now
+    rank_of_val = effective_rank(val_x[:0].float() if here else val_x.float()).item()
+    if here:
+        return {}
+    train_x = train_x.to(device) if train_x.numel() <= 2**31 else train_x
+    data = train_x, train_y.to(train_x.device), val_x, val_y
+    try:
+        result = knn_probe(*data) | linear_probe(*data, seed=options.seed)
+        for shots in options.shots:
+            result |= few_shot_probe(*data, shots)
+    except ValueError as error:
+        sys.exit(str(error))
+    protocol = f"of {val_x.shape[1]}, validation images"
+    return result | {"erank": round(rank_of_val, 2), "erank_protocol": protocol}
 
-    AdamW; the learning rate falls by --layer-decay with each block below the head, warms up over a twentieth of the steps and ends on
-    half a cosine. Crops and flips, mixup or cutmix (a coin for each batch), label smoothing, drop path (ViT). who: what the encoder
-    is, for the checkpoint at path, which is written after each pass and continued when there; train_set, val_set: (image, label)
-    pairs. Under torchrun the batch is split over the ranks, and gradients are averaged.
+
+# ------------------------------------------------------------------------------------- fine-tuning
+
+
+def layer_groups(encoder, head, decay, weight_decay):
+    """AdamW's parameter groups, one a tensor, with `scale`: decay for each layer below the head.
+
+    Layer 0 is what comes before the first block (or stage), then one for each; the head's layer has
+    what follows the blocks, too. Parameters are registered in the order of the forward pass.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(encoder.parameters()).device
+    named = [*encoder.named_parameters(), *(("head." + n, p) for n, p in head.named_parameters())]
+    stages = [re.match(r"(blocks|features)\.\d+|layer\d+", name) for name, _ in named]
+    order = list(dict.fromkeys(stage[0] for stage in stages if stage))
+    top, layer, groups = len(order) + 1, 0, []
+    for (name, p), stage in zip(named, stages, strict=True):
+        behind = layer > 0 or name.startswith("head.")
+        layer = order.index(stage[0]) + 1 if stage else top if behind else 0
+        decayed = name.endswith("weight") and p.ndim >= 2
+        group = {"params": [p], "scale": decay ** (top - layer)}
+        groups.append(group | {"weight_decay": weight_decay if decayed else 0.0})
+    return groups
+
+
+def add_drop_path(blocks, most):
+    """Skips the branches of deeper blocks more often, up to `most` in the last, while training."""
+    for i, block in enumerate(blocks):
+        p = most * i / max(len(blocks) - 1, 1)
+        for branch in (block.attn["proj"], block.mlp["fc2"]):
+            branch.register_forward_hook(
+                lambda module, _, out, p=p: stochastic_depth(out, p, "row", module.training)
+            )
+
+
+def mixup_or_cutmix(mixup, cutmix, classes):
+    """(images, labels) -> the same after mixup or cutmix, by a coin a batch; 0 leaves one out."""
+    choices = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+    choices = [make(alpha=alpha, num_classes=classes) for make, alpha in choices if alpha > 0]
+    return v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
+
+
+# what a fine-tuning run that is continued must repeat
+REPEATED = (
+    "layer_decay",
+    "drop_path",
+    "smoothing",
+    "mixup",
+    "cutmix",
+    "lr",
+    "weight_decay",
+    "seed",
+)
+
+
+def resume_tuning(path, parts, settings, rank):
+    """The step of the checkpoint at path, whose state is put in place; 0 where there is none."""
+    if not path.exists():
+        return 0
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in settings.items():
+        if saved["settings"].get(name) != value:
+            was = f"was fine-tuned with {name}={saved['settings'].get(name)}"
+            repeat = "repeat that setting or delete the file"
+            sys.exit(f"probe.py: {path} {was}, this command says {value}; {repeat}")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    if rank == 0:
+        print(f"probe.py: {path} continues from step {saved['step']}")
+    return saved["step"]
+
+
+def finetune(encoder, who, train_set, val_set, size, options, path):
+    """All weights of a copy of the encoder and a new linear head, trained on the labels.
+
+    Returns `finetune`, top-1 of the last step, on rank 0, and {} on the others. who: what the
+    encoder is, for the checkpoint at path, which is written after each pass and continued when
+    there; train_set, val_set: (image, label) pairs. Under torchrun the batch is split over the
+    ranks.
+    """
+    device, rank = next(encoder.parameters()).device, dist.is_initialized() and dist.get_rank()
     encoder = copy.deepcopy(encoder).requires_grad_(True).train()
+    classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
     head = torch.nn.Linear(encoder.dim, classes, device=device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    if hasattr(encoder, "blocks"):
-        for i, block in enumerate(encoder.blocks):  # deeper blocks are skipped more often, none in the first
-            p = options.drop_path * i / max(len(encoder.blocks) - 1, 1)
-            for branch in (block.attn["proj"], block.mlp["fc2"]):
-                branch.register_forward_hook(lambda module, _, out, p=p: stochastic_depth(out, p, "row", module.training))
-    # layer 0 is what comes before the first block (or stage), then one for each, the head's with what follows them
-    layer_of, stages = {}, []
-    for name, _ in encoder.named_parameters():
-        stage = re.match(r"(blocks|features)\.\d+|layer\d+", name)
-        if stage and stage[0] not in stages:
-            stages.append(stage[0])
-        layer_of[name] = stages.index(stage[0]) + 1 if stage else -1 if stages else 0
-    groups = []
-    for name, p in [*encoder.named_parameters(), *head.named_parameters()]:
-        layer = layer_of.get(name, -1) % (len(stages) + 2)  # -1: the last
-        groups.append({"params": [p], "scale": options.layer_decay ** (len(stages) + 1 - layer),
-                       "weight_decay": options.weight_decay if name.endswith("weight") and p.ndim >= 2 else 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    settings = {name: getattr(options, name) for name in REPEATED}
+    settings |= {"encoder": who, "size": size, "classes": classes}
+    tune(encoder, head, train_set, size, options, settings, path, rank)
+    if not all(p.isfinite().all() for p in [*encoder.parameters(), *head.parameters()]):
+        sys.exit(f"probe.py: fine-tuning became non-finite; lower --lr, and delete {path}")
+    images, workers = train.Images(val_set, size), options.workers
+    x, y = extract_features(encoder.eval(), images, workers=workers, amp=options.amp)
+    if rank:
+        return {}
+    top1 = round(score(head.weight.T[:, None], head.bias[None], x, y)[0], 2)
+    names = "epochs", "steps", "batch_size", *REPEATED
+    length = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
+    protocol = ", ".join(f"{n.replace('_', ' ')} {getattr(options, n):g}" for n in REPEATED)
+    protocol = f"{length} of {options.batch_size}, {protocol}; last step"
+    said = {name: getattr(options, name) for name in names}
+    return {"finetune": top1, **said, "finetune_protocol": protocol}
 
+
+def tune(encoder, head, train_set, size, options, settings, path, rank):
+    """The loop of finetune. encoder and head are trained in place.
+
+    AdamW; the rate falls by --layer-decay with each block below the head, warms up over a twentieth
+    of the steps and ends on half a cosine. Crops and flips, mixup or cutmix (a coin for each
+    batch), label smoothing, drop path (ViT).
+    """
+    device, world = head.weight.device, dist.get_world_size() if dist.is_initialized() else 1
     batch = min(options.batch_size, len(train_set)) // world * world
     if not batch:
-        sys.exit(f"probe.py: --batch-size {options.batch_size} and {len(train_set)} images do not reach {world} ranks; lower the number of ranks")
-    per_epoch = len(train_set) // batch
-    last = options.steps or options.epochs * per_epoch
-    settings = {name: getattr(options, name) for name in "layer_decay drop_path smoothing mixup cutmix lr weight_decay seed".split()}
-    settings |= {"encoder": who, "batch": batch, "last": last, "size": size, "classes": classes}
-    step = 0
-    if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        changed = [name for name in settings if saved["settings"].get(name) != settings[name]]
-        if changed:
-            sys.exit(f"probe.py: {path} was fine-tuned with {changed[0]}={saved['settings'].get(changed[0])}, this command says "
-                     f"{settings[changed[0]]}; repeat that setting or delete the file")
-        encoder.load_state_dict(saved["encoder"])
-        head.load_state_dict(saved["head"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
-        if rank == 0:
-            print(f"probe.py: continuing {path} from step {step} of {last}")
-    encode, classify = encoder, head
-    if world > 1:
-        encode = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder) if device.type == "cuda" else encoder
-        ids = [device.index] if device.type == "cuda" else None
-        encode, classify = (DistributedDataParallel(m, device_ids=ids) for m in (encode, classify))
-    mixes = [mix(alpha=a, num_classes=classes) for mix, a in ((v2.MixUp, options.mixup), (v2.CutMix, options.cutmix)) if a > 0]
-    images_of = Images(train_set, size, num_global=1, scale=(0.35, 1), seed=options.seed)
-    loader = torch.utils.data.DataLoader(images_of, batch_sampler=batches(len(train_set), batch, step, last, options.seed, rank, world),
-                                         num_workers=options.workers)
-    logged, start = step, time.perf_counter()
-    for step, (images, _, labels) in enumerate(read(loader), step + 1):
-        torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # mixes and drop path: a rerun repeats them
-        images, labels = normalize(images[:, 0].to(device) / 255), labels.to(device)
-        if mixes:
-            images, labels = mixes[torch.randint(len(mixes), ())](images, labels)
+        sys.exit(f"probe.py: {len(train_set)} images do not reach {world} ranks; take fewer ranks")
+    per_pass = len(train_set) // batch
+    last = options.steps or options.epochs * per_pass
+    settings = settings | {"batch": batch, "last": last}
+    add_drop_path(getattr(encoder, "blocks", []), options.drop_path)
+    groups = layer_groups(encoder, head, options.layer_decay, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    parts = {"encoder": encoder, "head": head, "optimizer": optimizer}
+    first = resume_tuning(path, parts, settings, rank)
+    encode, classify = (train.parallel(m, False, device, world) for m in (encoder, head))
+    crops = train.Images(train_set, size, num_global=1, scale=(0.35, 1), seed=options.seed)
+    shares = train.batches(len(train_set), batch, first, last, options.seed, rank, world)
+    mix = mixup_or_cutmix(options.mixup, options.cutmix, settings["classes"])
+    loader = train.loader_of(crops, shares, options.workers)
+    for step, (views, _, labels) in enumerate(train.read(loader), first + 1):
+        torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # mixes and drop path
+        images, labels = mix(train.normalize(views[:, 0].to(device) / 255), labels.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
-            logits = classify(embed(encode(images))).float()
+            logits = classify(train.embed(encode(images))).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=options.smoothing)
+        rate = train.learning_rate(step, last, options.lr, 0.05 * last, "cosine")
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, last, 0.05 * last, options) * group["scale"]
+            group["lr"] = rate * group["scale"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if (step % 50 == 0 or step == last) and rank == 0:
-            print(f"fine-tuning {step}/{last}  loss {loss.item():.4f}  {(step - logged) * batch / (time.perf_counter() - start):.0f} img/s", flush=True)
-            logged, start = step, time.perf_counter()
-        if (step % per_epoch == 0 or step == last) and rank == 0:
-            temporary = path.with_name(path.name + ".tmp")
-            torch.save({"encoder": encoder.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                        "settings": settings}, temporary)
-            temporary.replace(path)
-    if not all(p.isfinite().all() for p in [*encoder.parameters(), *head.parameters()]):
-        sys.exit(f"probe.py: fine-tuning became non-finite; lower --lr, and delete {path}")
-    x, y = extract_features(encoder.eval(), Images(val_set, size), workers=options.workers, amp=options.amp)
-    with torch.no_grad():
-        return 100 * (head(x.to(device)).argmax(1).cpu() == y).double().mean().item() if rank == 0 else None
+        if rank == 0 and (step % 50 == 0 or step == last):
+            print(f"fine-tuning {step}/{last}  loss {loss.item():.4f}", flush=True)
+        if rank == 0 and (step % per_pass == 0 or step == last):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            train.save(state | {"step": step, "settings": settings}, path, "probe.py")
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- pictures
 
 
 @torch.no_grad()
 def pca_picture(encoder, images, side):
-    """images (B, 3, S, S) in [0, 1] -> (3, H, W) in [0, 1]: each image beside its patch tokens' first three principal components.
+    """images (B, 3, S, S) in [0, 1] -> (3, H, W): each beside its tokens' principal components.
 
-    As red, green, blue, over the tokens of all images together: one colour means one thing everywhere. Each axis points where its
-    largest entry is positive, and runs from the 1st to the 99th percentile. side: pixels of an image in the picture.
+    The first three as red, green, blue, over the tokens of all images together: one colour means
+    one thing everywhere. Each axis points where its largest entry is positive, and runs from the 1st to
+    the 99th percentile. side: pixels of an image in the picture.
     """
-    tokens = encoder(normalize(images))[:, 1:].float()  # (B, n, D)
-    x = tokens.flatten(0, 1).double()
+    x = encoder(train.normalize(images))[:, 1:].flatten(0, 1).double()  # (B P, D)
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)  # (D, 3), the largest first
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     x = (x @ axes).float()
     low, high = (x.sort(0).values[int(q * (len(x) - 1))] for q in (0.01, 0.99))
     grid = images.shape[-1] // encoder.patch_size
-    colours = ((x - low) / (high - low)).clamp(0, 1).view(len(images), grid, grid, 3).permute(0, 3, 1, 2)
-    both = torch.stack([F.interpolate(part, (side, side), mode="nearest") for part in (images, colours)], dim=1)  # (B, 2, 3, side, side)
-    return make_grid(both.flatten(0, 1).cpu(), nrow=4, padding=4, pad_value=1)
+    colours = ((x - low) / (high - low)).clamp(0, 1).view(len(images), grid, grid, 3)
+    parts = images, colours.permute(0, 3, 1, 2)
+    both = [F.interpolate(part, (side, side), mode="nearest") for part in parts]
+    sheet = torch.stack(both, dim=1).flatten(0, 1).cpu()  # (2 B, 3, side, side)
+    return make_grid(sheet, nrow=4, padding=4, pad_value=1)
 
 
 def nearest_picture(train_x, val_x, train_set, val_set, queries, neighbours=8, side=96):
-    """(3, H, W) in [0, 1]: a row for each validation image of `queries`, and its nearest training images by cosine after it.
+    """(3, H, W) in [0, 1]: a row for each validation image of `queries` and its nearest by cosine.
 
-    train_x, val_x as in knn_probe; train_set, val_set: train.Images. A green frame: of the query's class; red: of another.
+    train_x (N, D), val_x (M, D) features of train_set, val_set: train.Images. A green frame around
+    a training image: of the query's class; red: of another.
     """
     cosine = F.normalize(val_x[queries].float(), dim=1) @ F.normalize(train_x.float(), dim=1).T
-    tiles = []
-    for query, row in zip(queries, cosine.topk(neighbours, dim=1).indices.tolist()):
-        for dataset, i in [(val_set, query), *((train_set, i) for i in row)]:
-            image, _, label = dataset[0, i]
-            image = F.interpolate(image, (side, side), mode="nearest")[0]
-            if dataset is val_set:
-                wanted, colour = label, "white"
-            else:
-                colour = "green" if label == wanted else "red"
-            tiles.append(draw_bounding_boxes(image, torch.tensor([[0, 0, side - 1, side - 1]]), colors=[colour], width=4) / 255)
+    nearest = cosine.topk(neighbours, dim=1).indices.tolist()
+    tiles, frame = [], torch.tensor([[0, 0, side - 1, side - 1]])
+    for query, row in zip(queries, nearest, strict=True):
+        found = [val_set[0, query], *(train_set[0, i] for i in row)]
+        wanted = found[0][2]
+        for place, (image, _, label) in enumerate(found):
+            colour = "white" if place == 0 else "green" if label == wanted else "red"
+            tile = F.interpolate(image, (side, side), mode="nearest")[0]
+            tiles.append(draw_bounding_boxes(tile, frame, colors=[colour], width=4) / 255)
     return make_grid(torch.stack(tiles), nrow=neighbours + 1, padding=4, pad_value=1)
 
 
-# ------------------------------------------------------------------------------------------------------- main
+def draw_pictures(encoder, who, sources, size, options, device):
+    """Writes --pca and --nearest of 8 validation images, evenly through the split."""
+    train_set, val_set = (train.Images(source, size) for source in sources)
+    queries = torch.linspace(0, len(val_set) - 1, 8).long().tolist()
+    here = dist.is_initialized() and dist.get_rank()
+    if options.pca and not here:
+        large = train.Images(sources[1], 4 * size)
+        images = torch.cat([large[0, i][0] for i in queries]).to(device) / 255
+        save_image(pca_picture(encoder, images, max(4 * size, 128)), options.pca)
+        says = f"8 validation images at {4 * size} px and their patch tokens' principal components"
+        print(f"{options.pca}: {says}, {who}")
+    if options.nearest:
+        train_x, val_x = (frozen_features(encoder, s, options)[0] for s in (train_set, val_set))
+        if not here:
+            picture = nearest_picture(train_x, val_x, train_set, val_set, queries)
+            save_image(picture, options.nearest)
+            says = "8 validation images, their 8 nearest training images; green: same class"
+            print(f"{options.nearest}: {says}, {who}")
+
+
+# --------------------------------------------------------------------------- export, options, main
 
 
 def export(encoder, path):
     """The encoder's state dict alone as a .safetensors or .pt file; a ViT's names are timm's."""
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     if path.endswith(".safetensors"):
         try:
             from safetensors.torch import save_file
         except ImportError:
-            sys.exit(f"probe.py: --export {path} needs the package safetensors; install it, or write a .pt file")
+            wanted = "needs the package safetensors; install it, or write a .pt file"
+            sys.exit(f"probe.py: --export {path} {wanted}")
         save_file(state, path)
     else:
-        torch.save(state, path)
+        train.save(state, Path(path), "probe.py")
     print(f"{path}: {len(state)} tensors")
     if hasattr(encoder, "blocks"):
-        print(f"timm.models.VisionTransformer(img_size={encoder.grid * encoder.patch_size}, patch_size={encoder.patch_size}, embed_dim={encoder.dim}, "
-              f"depth={len(encoder.blocks)}, num_heads={encoder.blocks[0].heads}, num_classes=0) loads it")
+        size = encoder.grid * encoder.patch_size
+        shape = f"img_size={size}, patch_size={encoder.patch_size}, embed_dim={encoder.dim}"
+        depth, heads = len(encoder.blocks), encoder.blocks[0].heads
+        shape += f", depth={depth}, num_heads={heads}, num_classes=0"
+        print(f"timm.models.VisionTransformer({shape}) loads it")
 
 
 def commit():
     """The commit of this code, `-dirty` if it was changed since; None outside a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
+# fmt: off
+OPTIONS = {  # as in train.py
+    "what is probed": [
+        ("data-root", str, None, "", "where torchvision's data sets are [as in training]"),
+        ("image-size", int, None, 1, "pixels [as in training]"),
+        ("untrained", bool, False, "", "the encoder as train.py's seed initialises it"),
+        ("pixels", bool, False, "", "the images themselves, as 16 x 16, in place of features"),
+        ("pool", "avg cls both", "avg", "", "mean patch token, CLS token, or both side by side"),
+        ("layers", int, 1, 1, "features of so many last blocks side by side (ViT)"),
+        ("seed", int, 0, 0, "of the held-out tenth, the order of the heads' images, fine-tuning"),
+    ],
+    "in place of k-NN and linear probe": [
+        ("finetune", bool, False, "", "all weights on the labels; with --untrained, from scratch"),
+        ("pca", str, None, "", "a PNG of the tokens' principal components, at 4 times the size"),
+        ("nearest", str, None, "", "a PNG of validation images and their nearest training images"),
+        ("export", str, None, "", "write the encoder alone, as .safetensors or .pt"),
+    ],
+    "fine-tuning": [
+        ("epochs", int, 20, 1, "passes over the training split"),
+        ("steps", int, None, 1, "stop after so many steps, whatever --epochs says"),
+        ("batch-size", int, 256, 1, "images a step over all ranks"),
+        ("lr", float, None, 1e-12, "AdamW's, of the head [1e-3 for each 256 images of a batch]"),
+        ("layer-decay", float, 0.75, 1e-12, "factor of the rate from each block to the one below"),
+        ("weight-decay", float, 0.05, 0, "AdamW's, not of biases and norms"),
+        ("drop-path", float, 0.1, 0, "how often the last block is skipped (ViT)"),
+        ("smoothing", float, 0.1, 0, "of the labels"),
+        ("mixup", float, 0.8, 0, "mixup's alpha, 0 for none"),
+        ("cutmix", float, 1.0, 0, "cutmix's alpha, 0 for none"),
+    ],
+    "run": [
+        ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "", "cuda or cpu"),
+        ("amp", bool, None, "", "bfloat16 autocast of the encoder [on GPUs]"),
+        ("workers", int, None, 0, "processes that load images [as in training]"),
+    ],
+}
+# fmt: on
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="probe.py CKPT [options], or over GPUs torchrun --nproc_per_node=8 probe.py CKPT ...",
+        formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
+    )
     parser.add_argument("ckpt", help="a checkpoint of train.py")
-    group = parser.add_argument_group("what is probed")
-    group.add_argument("--data", nargs="+", help="data sets as in train.py; by default the one of the checkpoint")
-    group.add_argument("--data-root", help="where torchvision data sets are; by default as in training")
-    group.add_argument("--image-size", type=int, help="side in pixels; by default as in training")
-    group.add_argument("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
-    group.add_argument("--pixels", action="store_true", help="the images themselves, reduced to 16 x 16, in place of features")
-    group.add_argument("--pool", choices=["avg", "cls", "both"], default="avg", help="mean of the patch tokens, the CLS token, or both side by side")
-    group.add_argument("--layers", type=int, default=1, help="features of this many last blocks side by side (ViT)")
-    group.add_argument("--shots", type=int, nargs="+", default=[], help="also linear heads on so many training images a class, 5 draws")
-    group.add_argument("--seed", type=int, default=0, help="of the held-out tenth, the order of the heads' images, fine-tuning")
-    group = parser.add_argument_group("in place of k-NN and linear probe")
-    group.add_argument("--finetune", action="store_true", help="train all weights on the labels; with --untrained, from scratch")
-    group.add_argument("--pca", metavar="PNG", help="picture of the patch tokens' principal components, at 4 times the side")
-    group.add_argument("--nearest", metavar="PNG", help="picture of validation images and their nearest training images")
-    group.add_argument("--export", metavar="FILE", help="write the encoder alone as .safetensors or .pt")
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--epochs", type=int, default=20, help="passes over the training split")
-    group.add_argument("--steps", type=int, help="stop after this many steps, whatever --epochs says")
-    group.add_argument("--batch-size", type=int, default=256, help="images per step over all ranks")
-    group.add_argument("--lr", type=float, help="AdamW learning rate of the head; 1e-3 for each 256 images of a batch")
-    group.add_argument("--layer-decay", type=float, default=0.75, help="factor of the learning rate from each block to the one below")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="AdamW decay of everything but biases and norms")
-    group.add_argument("--drop-path", type=float, default=0.1, help="how often the last block is skipped (ViT)")
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    group.add_argument("--mixup", type=float, default=0.8, help="mixup's alpha; 0: none")
-    group.add_argument("--cutmix", type=float, default=1.0, help="cutmix's alpha; 0: none")
-    group = parser.add_argument_group("run")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast of the encoder; by default on GPUs only")
-    group.add_argument("--workers", type=int, help="processes that load images; by default as in training")
+    parser.add_argument("--data", nargs="+", help="data sets as in train.py [the checkpoint's]")
+    parser.add_argument(
+        "--shots", type=int, nargs="+", default=[], help="also so many labels a class"
+    )
+    train.add_options(parser, OPTIONS)
     options = parser.parse_args(argv)
-    for name in "layers image_size epochs steps batch_size lr layer_decay".split():
-        if getattr(options, name) is not None and not getattr(options, name) > 0:
-            sys.exit(f"probe.py: --{name.replace('_', '-')} {getattr(options, name)} must be above 0")
+    train.check_options("probe.py", options, OPTIONS)
     if min(options.shots, default=1) < 1:
         sys.exit(f"probe.py: --shots {min(options.shots)} must be at least 1")
-    if not 0 <= options.drop_path < 1:
-        sys.exit(f"probe.py: --drop-path {options.drop_path} must be from 0 to below 1")
+    if options.drop_path >= 1:
+        sys.exit(f"probe.py: --drop-path {options.drop_path} must be below 1")
     if len(options.data or []) > 1 and (options.pca or options.nearest):
         sys.exit("probe.py: a picture is of one data set; give --data one")
-    if (options.finetune or options.pca or options.export) and (options.pixels or options.pool != "avg" or options.layers > 1):
-        sys.exit("probe.py: --pixels, --pool and --layers choose the features of k-NN, linear probe and --nearest; leave them out here")
+    chosen = options.pixels or options.pool != "avg" or options.layers > 1
+    if chosen and (options.finetune or options.pca or options.export):
+        sys.exit(
+            "probe.py: --pixels, --pool and --layers choose the features of k-NN, linear probe and "
+            "--nearest; leave them out here"
+        )
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
     options.lr = options.lr or 1e-3 * options.batch_size / 256
-    options.schedule = "cosine"  # as learning_rate wants it
     return options
+
+
+def load_encoder(options, checkpoint):
+    """The encoder of the checkpoint, or as it was before training; exits where a flag cannot be."""
+    args, name = checkpoint["args"], checkpoint["args"]["model"]
+    torch.manual_seed(args["seed"])
+    encoder = train.build_encoder(name, args["image_size"])
+    is_vit = hasattr(encoder, "blocks")
+    wants = (
+        (options.pool != "avg", f"--pool {options.pool}", "CLS token"),
+        (options.layers > 1, "--layers", "blocks of one width"),
+        (options.pca, "--pca", "patch tokens"),
+    )
+    for asked, flag, missing in wants:
+        if asked and not is_vit:
+            sys.exit(f"probe.py: {flag} needs a ViT and {name} has no {missing}; leave it out")
+    if is_vit and options.layers > len(encoder.blocks):
+        has = f"{name} has {len(encoder.blocks)} blocks"
+        sys.exit(f"probe.py: --layers {options.layers}, but {has}")
+    if is_vit and options.image_size and options.image_size % encoder.patch_size:
+        multiple = f"a multiple of {name}'s patch size {encoder.patch_size}"
+        sys.exit(f"probe.py: --image-size {options.image_size} must be {multiple}")
+    if not options.untrained:
+        encoder.load_state_dict(checkpoint["encoder"])  # strict: exactly these names and shapes
+    return encoder
+
+
+def open_splits(data, root, seed, size):
+    """Training and validation split of one data set, with the same classes."""
+    with train.first_of_node():
+        sources = [train.open_data(data, root, split, seed, size) for split in ("train", "val")]
+    one, two = (set(getattr(source, "classes", ())) for source in sources)
+    if one != two:
+        odd = f"{min(one ^ two)} is in one only; they must be the same"
+        sys.exit(f"probe.py: the two splits of {data} have different classes, {odd}")
+    return sources
+
+
+def show(result, about):
+    """A line a number, with what it is about and its protocol."""
+    for name in [name for name in result if f"{name}_protocol" in result]:
+        unit = "" if name == "erank" else "%"
+        print(f"{name} {result[name]:.2f}{unit}  |  {about}, {result[f'{name}_protocol']}")
+
+
+def summarize(results):
+    """The table of several data sets, then JSON: one object, or a list of them."""
+    results = [{k: v for k, v in r.items() if not k.endswith("_protocol")} for r in results]
+    if len(results) > 1:
+        columns = [name for name in ("knn", "linear", "finetune") if name in results[0]]
+        print(f"{'data':24}" + "".join(f"{name:>10}" for name in columns))
+        for result in results:
+            numbers = "".join(f"{result[name]:10.2f}" for name in columns)
+            print(f"{result['data'][-23:]:24}{numbers}")
+    print(json.dumps(results if len(results) > 1 else results[0]))
+
+
+def run(encoder, who, data, sources, size, options, device):
+    """What the options ask for on one data set: pictures, fine-tuning, or the frozen probes."""
+    if options.pca or options.nearest:
+        draw_pictures(encoder, who, sources, size, options, device)
+    if options.finetune:
+        path, untrained = Path(options.ckpt), "-untrained" * options.untrained
+        path = path.with_name(f"{path.stem}.finetune{untrained}-{Path(data).name}.pt")
+        return finetune(encoder, who, *sources, size, options, path)
+    if options.pca or options.nearest:
+        return {}
+    return frozen_probes(encoder, *(train.Images(s, size) for s in sources), options, device)
 
 
 def main(argv=None):
     options = parse_args(argv)
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    try:
-        device = torch.empty(0, device=options.device).device
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"probe.py: --device {options.device}: {str(error).splitlines()[0]}")
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if world > 1:
-        # features travel as CPU tensors; the other ranks wait while rank 0 fits heads
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-
-    # ---- encoder
-    checkpoint = load_checkpoint(options.ckpt)
-    args = checkpoint["args"]
-    torch.manual_seed(args["seed"])
-    encoder = build_encoder(args["model"], args["image_size"])
-    is_vit = hasattr(encoder, "blocks")
-    for asked, flag, missing in ((options.pool != "avg", f"--pool {options.pool}", "CLS token"), (options.layers > 1, "--layers", "blocks of one width"),
-                                 (options.pca, "--pca", "patch tokens")):
-        if asked and not is_vit:
-            sys.exit(f"probe.py: {flag} needs a ViT and {args['model']} has no {missing}; leave it out")
-    if is_vit and options.layers > len(encoder.blocks):
-        sys.exit(f"probe.py: --layers {options.layers}, but {args['model']} has {len(encoder.blocks)} blocks")
-    size = options.image_size or args["image_size"]
-    if is_vit and size % encoder.patch_size:
-        sys.exit(f"probe.py: --image-size {size} must be a multiple of {args['model']}'s patch size {encoder.patch_size}")
-    if not options.untrained:
-        encoder.load_state_dict(checkpoint["encoder"])  # strict: exactly these names and shapes
-    encoder.to(device).eval().requires_grad_(False)
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    who = "pixels" if options.pixels else f"{args['model']} (untrained)" if options.untrained else f"{args['model']} (step {checkpoint['step']})"
-    options.workers = args["workers"] if options.workers is None else options.workers
-    read_out = dict(pool=options.pool, layers=options.layers, workers=options.workers, amp=options.amp, folder=Path(options.ckpt).absolute().parent)
-    if options.export and rank == 0:
-        export(encoder, options.export)
-
-    # ---- one data set after the other
-    results = []
-    for data in (options.data or [args["data"]]) if options.finetune or options.pca or options.nearest or not options.export else []:
-        if local_rank:
-            dist.barrier()  # the first process of each node downloads
-        sources = [open_data(data, options.data_root or args["data_root"], split, args["seed"], size) for split in ("train", "val")]
-        if world > 1 and not local_rank:
-            dist.barrier()
-        names = [list(getattr(source, "classes", [])) for source in sources]
-        if names[0] != names[1]:
-            odd = sorted(set(names[0]) ^ set(names[1]))
-            sys.exit(f"probe.py: the training and validation splits of {data} have different classes, {odd[0]} is in one only; they must be the same")
-        train_set, val_set = (Images(source, size) for source in sources)
-        result = {"ckpt": options.ckpt, "data": data, "model": "pixels" if options.pixels else args["model"], "image_size": size,
-                  "pool": options.pool, "layers": options.layers, "untrained": options.untrained, "pixels": options.pixels,
-                  "step": 0 if options.untrained or options.pixels else checkpoint["step"], "train": len(train_set), "val": len(val_set),
-                  "seed": options.seed, "commit": commit(), "torch": torch.__version__}
-        protocol = (f"{who} on {data}: {len(train_set):,} training, {len(val_set):,} validation images at {size} px, {options.pool} pooling, "
-                    f"{options.layers} layer{'s' * (options.layers > 1)}, seed {options.seed}, commit {result['commit']}")
-        queries = torch.linspace(0, len(val_set) - 1, 8).long().tolist()
-        if options.pca and rank == 0:
-            large = Images(sources[1], 4 * size)
-            images = torch.cat([large[0, i][0] for i in queries]).to(device) / 255
-            save_image(pca_picture(encoder, images, max(4 * size, 128)), options.pca)
-            print(f"{options.pca}: 8 validation images at {4 * size} px, {who}, and the three principal components of their patch tokens")
-        if options.finetune:
-            path = Path(options.ckpt)
-            path = path.with_name(f"{path.stem}.finetune{'-untrained' * options.untrained}-{Path(data).name}.pt")
-            classes = len(names[0]) or int(max(label for _, label in sources[0])) + 1
-            top1 = finetune(encoder, who, sources[0], sources[1], size, classes, options, path)
-            if rank == 0:
-                result |= {"finetune": round(top1, 2), **{name: getattr(options, name) for name in
-                           "epochs steps batch_size lr layer_decay weight_decay drop_path smoothing mixup cutmix".split()}}
-                print(f"fine-tuned {top1:.2f}%  |  {protocol}, {options.steps or f'{options.epochs} epochs'}{' steps' * bool(options.steps)} of "
-                      f"{options.batch_size}, lr {options.lr:g}, layer decay {options.layer_decay}, weight decay {options.weight_decay}, drop path "
-                      f"{options.drop_path}, smoothing {options.smoothing}, mixup {options.mixup}, cutmix {options.cutmix}; last step")
-        if options.nearest or not (options.finetune or options.pca):
-            model = None if options.pixels else encoder
-            (train_x, train_y), (val_x, val_y) = (extract_features(model, part, **read_out) for part in (train_set, val_set))
-        if options.nearest and rank == 0:
-            save_image(nearest_picture(train_x, val_x, train_set, val_set, queries), options.nearest)
-            print(f"{options.nearest}: 8 validation images and their 8 nearest training images by cosine, {who}; frame green: same class, red: another")
-        frozen = not (options.finetune or options.pca or options.nearest)
-        # a collective: the other ranks' images are rank 0's by now
-        erank = effective_rank(val_x.float() if rank == 0 else val_x[:0].float()).item() if frozen else None
-        if frozen and rank == 0:
-            train_x = train_x.to(device) if train_x.numel() <= 2**31 else train_x
-            train_y = train_y.to(train_x.device)
-            try:
-                knn = knn_probe(train_x, train_y, val_x, val_y, NEIGHBOURS)
-                weight, bias, (rate, decay), held_out = train_linear(train_x, train_y, options.seed)
-                few = {n: few_shot_probe(train_x, train_y, val_x, val_y, n) for n in options.shots}
-            except ValueError as error:
-                sys.exit(str(error))
-            linear = score(weight, bias, val_x, val_y)[0]
-            result |= {"knn": round(knn[NEIGHBOURS.index(20)], 2), "knn_k": {str(k): round(top1, 2) for k, top1 in zip(NEIGHBOURS, knn)},
-                       "linear": round(linear, 2), "linear_lr": rate, "linear_decay": decay, "linear_held_out": round(held_out, 2),
-                       "linear_heads": len(HEADS), "erank": round(erank, 2)}
-            print(f"k-NN {result['knn']:.2f}% (k=20; {', '.join(f'k={k} {top1:.2f}' for k, top1 in zip(NEIGHBOURS, knn) if k != 20)})  |  "
-                  f"{protocol}, cosine, temperature 0.07")
-            print(f"linear {result['linear']:.2f}%  |  {protocol}, lr {rate:g} and weight decay {decay:g} chosen of {len(HEADS)} by a held-out tenth of the "
-                  f"training images ({held_out:.2f}%)")
-            for n, top1 in few.items():
-                mean, std = np.mean(top1), np.std(top1, ddof=1)
-                result.setdefault("shots", {})[str(n)] = [round(mean, 2), round(std, 2)]
-                print(f"{n}-shot {mean:.2f} ± {std:.2f}%  |  {protocol}, linear, {n} a class, 5 draws, lr 1, weight decay 10 / images")
-            print(f"effective rank {result['erank']:.1f} of {val_x.shape[1]}  |  {protocol}, validation images")
-        if frozen or options.finetune:
-            results.append(result)
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items()), "the probe moved the frozen encoder"
-    if rank == 0 and results:
-        if len(results) > 1:
-            columns = [c for c in ("knn", "linear", "finetune") if c in results[0]]
-            print(f"{'data':24}" + "".join(f"{c:>10}" for c in columns))
-            for result in results:
-                print(f"{result['data'][-23:]:24}" + "".join(f"{result[c]:10.2f}" for c in columns))
-        print(json.dumps(results if len(results) > 1 else results[0]))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    with train.ranks("probe.py", options.device) as (device, rank, _):
+        checkpoint = train.load_checkpoint(options.ckpt)
+        args, names = checkpoint["args"], ("image_size", "data_root", "workers")
+        vars(options).update({n: args[n] for n in names if getattr(options, n) is None})
+        encoder = load_encoder(options, checkpoint).to(device).eval().requires_grad_(False)
+        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        size, model = options.image_size, "pixels" if options.pixels else args["model"]
+        step = 0 if options.untrained or options.pixels else checkpoint["step"]
+        who = model if options.pixels else f"{model} (step {step})"
+        if options.export and rank == 0:
+            export(encoder, options.export)
+        results = []
+        pictured = options.finetune or options.pca or options.nearest
+        own = [] if options.export and not pictured else [args["data"]]
+        for data in options.data or own:
+            sources = open_splits(data, options.data_root, args["seed"], size)
+            found = run(encoder, who, data, sources, size, options, device)
+            if found and rank == 0:
+                about = {"ckpt": options.ckpt, "data": data, "model": model, "step": step}
+                about |= {"image_size": size, "pool": options.pool, "layers": options.layers}
+                about |= {"untrained": options.untrained, "pixels": options.pixels}
+                about |= {"train": len(sources[0]), "val": len(sources[1]), "seed": options.seed}
+                about |= {"commit": commit(), "torch": torch.__version__}
+                of = f"{about['train']:,} training, {about['val']:,} validation images at {size} px"
+                features = f"{options.pool} pooling, last {options.layers} layers"
+                show(found, f"{who} on {data}: {of}, {features}, seed {options.seed}")
+                results.append(about | found)
+        same = (torch.equal(value, before[n]) for n, value in encoder.state_dict().items())
+        assert all(same), "the probe moved the frozen encoder"
+        if results:
+            summarize(results)
 
 
 if __name__ == "__main__":
