@@ -362,16 +362,7 @@ def mixup_or_cutmix(mixup, cutmix, classes):
 
 
 # what a fine-tuning run that is continued must repeat
-REPEATED = (
-    "layer_decay",
-    "drop_path",
-    "smoothing",
-    "mixup",
-    "cutmix",
-    "lr",
-    "weight_decay",
-    "seed",
-)
+REPEATED = "layer_decay drop_path smoothing mixup cutmix lr weight_decay seed"
 
 
 def resume_tuning(path, parts, settings, rank):
@@ -405,7 +396,8 @@ def finetune(encoder, who, train_set, val_set, size, options, path):
     head = torch.nn.Linear(encoder.dim, classes, device=device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    settings = {name: getattr(options, name) for name in REPEATED}
+    settings = {name: getattr(options, name) for name in REPEATED.split()}
+    said = settings | {name: getattr(options, name) for name in ("epochs", "steps", "batch_size")}
     settings |= {"encoder": who, "size": size, "classes": classes}
     tune(encoder, head, train_set, size, options, settings, path, rank)
     if not all(p.isfinite().all() for p in [*encoder.parameters(), *head.parameters()]):
@@ -415,12 +407,8 @@ def finetune(encoder, who, train_set, val_set, size, options, path):
     if rank:
         return {}
     top1 = round(score(head.weight.T[:, None], head.bias[None], x, y)[0], 2)
-    names = "epochs", "steps", "batch_size", *REPEATED
-    length = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
-    protocol = ", ".join(f"{n.replace('_', ' ')} {getattr(options, n):g}" for n in REPEATED)
-    protocol = f"{length} of {options.batch_size}, {protocol}; last step"
-    said = {name: getattr(options, name) for name in names}
-    return {"finetune": top1, **said, "finetune_protocol": protocol}
+    protocol = ", ".join(f"{n.replace('_', ' ')} {v:g}" for n, v in said.items() if v is not None)
+    return {"finetune": top1, **said, "finetune_protocol": f"{protocol}; last step"}
 
 
 def tune(encoder, head, train_set, size, options, settings, path, rank):
@@ -443,7 +431,7 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
     parts = {"encoder": encoder, "head": head, "optimizer": optimizer}
     first = resume_tuning(path, parts, settings, rank)
     encode, classify = (train.parallel(m, False, device, world) for m in (encoder, head))
-    crops = train.Images(train_set, size, num_global=1, scale=(0.35, 1), seed=options.seed)
+    crops = train.Images(train_set, size, num_global=1, scale=0.35, seed=options.seed)
     shares = train.batches(len(train_set), batch, first, last, options.seed, rank, world)
     mix = mixup_or_cutmix(options.mixup, options.cutmix, settings["classes"])
     loader = train.loader_of(crops, shares, options.workers)
@@ -474,8 +462,8 @@ def pca_picture(encoder, images, side):
     """images (B, 3, S, S) in [0, 1] -> (3, H, W): each beside its tokens' principal components.
 
     The first three as red, green, blue, over the tokens of all images together: one colour means
-    one thing everywhere. Each axis points where its largest entry is positive, and runs from the 1st to
-    the 99th percentile. side: pixels of an image in the picture.
+    one thing everywhere. Each axis points where its largest entry is positive, and runs from the
+    1st to the 99th percentile. side: pixels of an image in the picture.
     """
     x = encoder(train.normalize(images))[:, 1:].flatten(0, 1).double()  # (B P, D)
     x = x - x.mean(0)
@@ -622,10 +610,8 @@ def parse_args(argv=None):
         sys.exit("probe.py: a picture is of one data set; give --data one")
     chosen = options.pixels or options.pool != "avg" or options.layers > 1
     if chosen and (options.finetune or options.pca or options.export):
-        sys.exit(
-            "probe.py: --pixels, --pool and --layers choose the features of k-NN, linear probe and "
-            "--nearest; leave them out here"
-        )
+        of = "choose the features of k-NN, linear probe and --nearest; leave them out here"
+        sys.exit(f"probe.py: --pixels, --pool and --layers {of}")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
     options.lr = options.lr or 1e-3 * options.batch_size / 256
     return options

@@ -1,8 +1,10 @@
-"""pytest test_sigreg.py: the losses against float64 references, exact gradients over ranks, masks, models, training, probes.
+"""pytest test_sigreg.py: losses, gradients over ranks, masks, models, training, probes, bad input.
 
-Tolerances: 1e-10 and below is float64 rounding over sums of some 1e4 terms; 1e-5 is float32's; others say why.
+Tolerances: 1e-10 and below is float64 rounding over sums of some 1e4 terms; 1e-5 is float32's;
+others say why.
 """
 
+import ast
 import io
 import itertools
 import json
@@ -10,10 +12,13 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +50,7 @@ def gradient(loss, z):
     return value.detach(), torch.autograd.grad(value, z)[0]
 
 
-# ------------------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def spectral_reference(z):
@@ -175,12 +180,9 @@ def test_legendre_is_the_gaussian_kl():
 def test_plain_sketched_is_its_definition(n, dim):
     z, directions = gaussian(n, dim), sigreg.random_directions(dim, 5, seed=3).double()
     for knots, t_max in [(17, 3.0), (9, 2.0), (2, 1.0)]:
-        value, grad = gradient(
-            lambda z: sigreg.sketched_sigreg_plain(z, directions, knots, t_max), z
-        )
-        expected, expected_grad = gradient(
-            lambda z: sketched_reference(z, directions, knots, t_max), z
-        )
+        settings = {"directions": directions, "knots": knots, "t_max": t_max}
+        value, grad = gradient(partial(sigreg.sketched_sigreg_plain, **settings), z)
+        expected, expected_grad = gradient(partial(sketched_reference, **settings), z)
         assert value.item() == pytest.approx(expected.item(), rel=1e-10)
         assert (grad - expected_grad).norm() <= 1e-10 * expected_grad.norm()
 
@@ -245,7 +247,7 @@ def test_random_directions():
 
 @pytest.mark.parametrize("on, relative", [("pooled", False), ("tokens", True)])
 def test_masked_loss_is_its_definition(on, relative):
-    """Source A to the letter, and what photographs get, against a plain restatement, all gradients."""
+    """Source A to the letter, and the photographs' default, against plain restatements."""
     shapes = (20, 1 + 4, 5), (20, 2, 1 + 3, 5), (20, 2, 3, 5)
     z = [gaussian(20, math.prod(s[1:]), i).view(s).requires_grad_() for i, s in enumerate(shapes)]
     z_context, z_target, z_pred = z
@@ -339,7 +341,7 @@ def test_non_finite_input_gives_nan_not_an_exception():
         assert loss(z).isnan()
 
 
-# ------------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
 LOSSES = {
     "spectral": lambda z: sigreg.spectral_sigreg(z),
@@ -371,7 +373,7 @@ def network():
 
 
 def rank_main(rank, shares, folder, exact):
-    """One gloo rank: the gradient of each loss after DDP on its share of the 64 rows, saved by rank 0."""
+    """One gloo rank: the gradient of each loss after DDP on its share of the 64 rows."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(shares)
     )
@@ -410,7 +412,7 @@ def test_gradient_over_ranks_is_that_of_one_process(shares, exact, tmp_path):
             assert error > 1e-2, f"{name}: per-rank statistics pass unnoticed"
 
 
-# ------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def generator(seed=0):
@@ -449,7 +451,7 @@ def test_block_masks_are_blocks_of_the_asked_size():
         assert context.shape[1] >= 0.25 * 32**2 - 1
     assert 0.09 < min(sizes) < 0.12 and 0.28 < max(sizes) < 0.31
     assert min(ratios) < -0.6 and max(ratios) > 0.6
-    # independent draws; I-JEPA's one draw for both gives 1.0. Standard error of the estimate: 1 / sqrt(300) = 0.06
+    # independent draws; I-JEPA's one draw for both gives 1.0. Standard error: 1 / sqrt(300) = 0.06
     assert abs(np.corrcoef(sizes, ratios)[0, 1]) < 0.2
 
 
@@ -467,31 +469,31 @@ def test_mask_frequencies_are_symmetric(make):
 
 
 def test_context_sizes_do_not_starve():
-    context, targets = masks.multi_block_masks(4096, 14, generator=generator())
+    context, _targets = masks.multi_block_masks(4096, 14, generator=generator())
     assert context.shape[1] >= 49  # min_context = 0.25 of 196
 
 
 @pytest.mark.parametrize(
     "make, settings, name",
     [
-        (masks.multi_block_masks, dict(batch_size=0), "batch_size"),
-        (masks.multi_block_masks, dict(grid=1), "grid"),
-        (masks.multi_block_masks, dict(num_targets=0), "num_targets"),
-        (masks.multi_block_masks, dict(target_scale=(0.2, 0.1)), "target_scale"),
-        (masks.multi_block_masks, dict(target_scale=(0.5, 1.0)), "target_scale"),
-        (masks.multi_block_masks, dict(target_aspect=(0.0, 1.0)), "target_aspect"),
-        (masks.multi_block_masks, dict(context_scale=(0.5, 1.5)), "context_scale"),
-        (masks.multi_block_masks, dict(min_context=0.0), "min_context"),
-        (masks.random_masks, dict(target_scale=(0.0, 0.1)), "target_scale"),
-        (masks.random_masks, dict(context_scale=(-1.0, 0.5)), "context_scale"),
+        (masks.multi_block_masks, {"batch_size": 0}, "batch_size"),
+        (masks.multi_block_masks, {"grid": 1}, "grid"),
+        (masks.multi_block_masks, {"num_targets": 0}, "num_targets"),
+        (masks.multi_block_masks, {"target_scale": (0.2, 0.1)}, "target_scale"),
+        (masks.multi_block_masks, {"target_scale": (0.5, 1.0)}, "target_scale"),
+        (masks.multi_block_masks, {"target_aspect": (0.0, 1.0)}, "target_aspect"),
+        (masks.multi_block_masks, {"context_scale": (0.5, 1.5)}, "context_scale"),
+        (masks.multi_block_masks, {"min_context": 0.0}, "min_context"),
+        (masks.random_masks, {"target_scale": (0.0, 0.1)}, "target_scale"),
+        (masks.random_masks, {"context_scale": (-1.0, 0.5)}, "context_scale"),
     ],
 )
 def test_masks_name_the_impossible_argument(make, settings, name):
     with pytest.raises(ValueError, match=rf"^masks\.py: {name} "):
-        make(**dict(dict(batch_size=4, grid=8), **settings))
+        make(**dict({"batch_size": 4, "grid": 8}, **settings))
 
 
-# ------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def test_encoder_sees_only_the_given_patches():
@@ -566,7 +568,7 @@ def test_predictors_share_a_call_and_use_their_input(predictor):
         assert predict.fc1.out_features <= 32
 
 
-# ------------------------------------------------------------------------------------------------- train, probe
+# ------------------------------------------------------------------------------------- train, probe
 
 TINY = [
     "--steps",
@@ -768,7 +770,7 @@ def test_learning_rate_is_a_function_of_the_step():
 
 
 def test_same_command_again_says_finished_and_longer_runs_continue(trained, tmp_path, capsys):
-    folder, checkpoint = trained
+    folder, _checkpoint = trained
     (tmp_path / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes())
     before = (tmp_path / "ckpt.pt").stat().st_mtime_ns
     run_train(tmp_path)
@@ -853,7 +855,7 @@ def test_two_ranks_train_what_one_does(tmp_path):
         for name in ("one", "two")
     ]
     assert len(losses[0]) == 4
-    # the same batches, masks and statistics; float32 sums in another order, amplified by 8 steps of AdamW
+    # the same batches, masks, statistics; float32 sums in another order, amplified by 8 steps
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -984,25 +986,19 @@ def test_probe_notices_a_moved_encoder(trained, monkeypatch, few_shapes):
 def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, few_shapes):
     honest, draw, heads, results = probe.fit_heads, train.Shapes.__getitem__, [], []
     monkeypatch.setattr(
-        probe,
-        "fit_heads",
-        lambda *arguments, **settings: heads.append(honest(*arguments, **settings)) or heads[-1],
+        probe, "fit_heads", lambda *a, **settings: heads.append(honest(*a, **settings)) or heads[-1]
     )
-    for shift in (0, 3):
-        monkeypatch.setattr(
-            train.Shapes,
-            "__getitem__",
-            lambda self, i: (
-                draw(self, i)[0],
-                (draw(self, i)[1] * (7 if shift else 1) + shift * self.val) % 10
-                if self.val
-                else draw(self, i)[1],
-            ),
-        )
+
+    def permuted(self, i):
+        image, label = draw(self, i)
+        return image, (7 * label + 3) % 10 if self.val else label
+
+    for item in (draw, permuted):
+        monkeypatch.setattr(train.Shapes, "__getitem__", item)
         results.append(run_probe(capsys, trained[0] / "ckpt.pt", "--shots", "2"))
     half = len(heads) // 2
     assert half == 7  # the grid, the chosen head, 5 draws
-    for before, after in zip(heads[:half], heads[half:]):
+    for before, after in zip(heads[:half], heads[half:], strict=False):
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert (
         results[0]["linear"] != results[1]["linear"]
@@ -1173,7 +1169,7 @@ def test_finetuning_learns_slower_below(name, tmp_path, monkeypatch, few_shapes)
     probe.finetune(encoder, name, *sets, 64, options, tmp_path / "f.pt")
     groups = torch.load(tmp_path / "f.pt", weights_only=True)["optimizer"]["param_groups"]
     names = [*dict(encoder.named_parameters()), "head.weight", "head.bias"]
-    scale = {n: g["scale"] for n, g in zip(names, groups)}
+    scale = {n: g["scale"] for n, g in zip(names, groups, strict=False)}
     deepest = {"vit_n8": 4, "resnet18": 4, "convnext_tiny": 8}[name]
     assert scale["head.weight"] == 1 and scale[names[0]] == pytest.approx(
         1e-3 ** (1 if name == "x" else deepest + (name != "convnext_tiny"))
@@ -1361,7 +1357,7 @@ def test_probes_on_known_features():
     assert probe.linear_probe(x[:200], shuffled[:200], x[200:], shuffled[200:])["linear"] < 60
     # brute force: every vote by hand
     right = 0
-    for query, label in zip(x[200:], labels[200:]):
+    for query, label in zip(x[200:], labels[200:], strict=False):
         cosine = torch.cosine_similarity(query[None], x[:200])
         best = cosine.argsort(descending=True)[:20]
         votes = [sum(math.exp(cosine[i] / 0.07) for i in best if labels[i] == c) for c in range(3)]
@@ -1503,7 +1499,7 @@ def test_photometric_is_torchvisions_with_the_same_factors():
     u[:, 3] = 0.5  # no turn of the hue: the two turn it in different planes
     out = train.photometric(x, u, 0.5, 0.2)
     seen = set()
-    for image, draw, got in zip(x, u.tolist(), out):
+    for image, draw, got in zip(x, u.tolist(), out, strict=False):
         seen |= {
             (name, draw[i] < p)
             for name, i, p in (
@@ -1560,6 +1556,10 @@ def refuse(arguments, match):
         (["--model", "vit_z16"], "vit_z16.*vit_b16"),
         (["--model", "resnet18"], "resnet18 has none.*--recipe crops"),
         (["--recipe", "crops", "--local-views", "-1"], "local-views.*at least 0"),
+        (["--recipe", "crops", "--model", "googlenet"], "googlenet cannot be a backbone.*swin"),
+        (["--recipe", "crops", "--model", "squeezenet1_0"], "squeezenet1_0 cannot.*resne"),
+        (["--recipe", "crops", "--model", "maxvit_t"], "maxvit_t cannot.*convnext"),
+        (["--recipe", "crops", "--model", "vit_b_16"], "vit_b_16 cannot.*vgg"),
         (["--data", "nowhere"], "nowhere.*cifar10"),
         (["--image-size", "30"], "image size 30.*24 or 32"),
         (["--lam", "-1"], "--lam -1"),
@@ -1676,3 +1676,102 @@ def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path):
     if path.exists():
         saved = torch.load(path, weights_only=True)
         assert all(value.isfinite().all() for value in saved["encoder"].values())
+
+
+# ------------------------------------------------------------------------------- files and command
+
+
+def only_torch(path):
+    """Whether a script imports torch and the standard library alone, demos included."""
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in imports if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(
+    "files, use",
+    [
+        (
+            ["sigreg.py"],
+            """
+            import sigreg
+            z = torch.randn(32, 8, requires_grad=True)
+            directions = sigreg.random_directions(8, 16, seed=0)
+            loss = sigreg.sketched_sigreg(z, directions) + sigreg.legendre_sigreg(z)
+            (loss + sigreg.spectral_sigreg(z)).backward()
+            assert z.grad.isfinite().all() and sigreg.effective_rank(z) > 4
+            """,
+        ),
+        (
+            ["masks.py", "model.py"],
+            """
+            import masks, model
+            encoder = model.vit("vit_n8", 32)
+            context, targets = masks.multi_block_masks(2, encoder.grid)
+            tokens = encoder(torch.randn(2, 3, 32, 32), context)
+            z = model.MLPPredictor(128, 16)(tokens, context, targets)
+            assert z.shape == (*targets.shape, 128)
+            """,
+        ),
+    ],
+)
+def test_files_can_be_copied_alone(files, use, tmp_path):
+    for name in files:
+        shutil.copy(HERE / name, tmp_path)
+        assert only_torch(tmp_path / name)
+    code = (
+        "import torch"
+        + textwrap.dedent(use)
+        + "\nassert 'torchvision' not in __import__('sys').modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_masks_draws_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    masks.main(grid=7, count=3, side=4)
+    from PIL import Image
+
+    picture = np.asarray(Image.open("masks.png"))  # an independent reader
+    assert picture.shape == (3 * (4 + 28), 3 * (4 + 28), 3) and len(np.unique(picture)) > 5
+
+
+@pytest.mark.parametrize("script", ["train.py", "probe.py"])
+def test_help_fits_a_screen(script):
+    command = [sys.executable, str(HERE / script), "--help"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 100
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """A limit on a file's size stands in for the disk: both end a write in the middle."""
+    code = f"""
+        import pathlib, resource, torch, train
+        path = pathlib.Path({str(tmp_path / "ckpt.pt")!r})
+        train.save({{"x": torch.zeros(10)}}, path, "train.py")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        train.save({{"x": torch.zeros(1_000_000)}}, path, "train.py")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and re.fullmatch(
+        r"train.py: cannot write .*ckpt.pt.*\n", done.stderr
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert len(torch.load(tmp_path / "ckpt.pt", weights_only=True)["x"]) == 10
+
+
+def test_interrupt_ends_in_one_line(tmp_path):
+    command = [sys.executable, str(HERE / "train.py"), *TINY, "--steps", "9999", "--workers", "1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == "train.py: interrupted; the same command continues from the last save\n"

@@ -118,10 +118,8 @@ def learning_rate(step, last, lr, warmup=0, schedule="constant"):
 @torch.no_grad()
 def diagnostics(pooled):
     """Effective rank and standard deviation of pooled (N, D) over all ranks; call it on each."""
-    return {
-        "erank": sigreg.effective_rank(pooled).item(),
-        "std": sigreg.embedding_std(pooled).item(),
-    }
+    erank, std = sigreg.effective_rank(pooled), sigreg.embedding_std(pooled)
+    return {"erank": erank.item(), "std": std.item()}
 
 
 def mask_maker(args, grid, count):
@@ -204,17 +202,7 @@ def train(args, train_set, device, rank, world):
 
 
 BACKBONES = (  # torchvision's families whose classifiers take any image size, (B, classes) out
-    *(
-        "convnext",
-        "densenet",
-        "efficientnet",
-        "mnasnet",
-        "mobilenet",
-        "regnet",
-        "resnet",
-        "resnext",
-    ),
-    *("shufflenet", "swin", "vgg", "wide_resnet"),
+    "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg|wide_resnet"
 )
 
 
@@ -226,8 +214,8 @@ def build_encoder(name, image_size):
     """
     if name not in models.list_models(module=models):
         return vit(name, image_size)
-    if not name.startswith(BACKBONES):
-        raise ValueError(f"train.py: {name} cannot be a backbone; these can: {' '.join(BACKBONES)}")
+    if not re.match(BACKBONES, name):
+        raise ValueError(f"train.py: {name} cannot be a backbone; these can: {BACKBONES}")
     encoder = models.get_model(name)
     linear = [(p, m) for p, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
     path, classifier = linear[-1]
@@ -288,10 +276,8 @@ def check_health(healthy, encoder, predictor, step, ckpt):
     """Ends the run if a loss was non-finite or a weight is: a finite loss can do it to one."""
     weights = [*encoder.parameters(), *predictor.parameters()]
     if not healthy or not all(p.isfinite().all() for p in weights):
-        sys.exit(
-            f"train.py: the loss or a weight became non-finite by step {step}; {ckpt} is untouched "
-            "since its last save; lower --lr or --lam"
-        )
+        what = f"the loss or a weight became non-finite by step {step}"
+        sys.exit(f"train.py: {what}; {ckpt} is as last saved; lower --lr or --lam")
 
 
 def start_log(args, first, rank):
@@ -425,10 +411,8 @@ class Shapes(torch.utils.data.Dataset):
         self.classes = list(SHAPES)
         self.cell = -(-size // 4)
         rng = np.random.default_rng(0)  # the stencils are the same for every seed
-        low, high = (-0.26, 0.85, -0.24, -0.24), (0.26, 1.15, 0.24, 0.24)
-        angle, scale, dx, dy = (
-            rng.uniform(a, b, (64, 1, 1)) for a, b in zip(low, high, strict=True)
-        )
+        bounds = (-0.26, 0.26), (0.85, 1.15), (-0.24, 0.24), (-0.24, 0.24)
+        angle, scale, dx, dy = (rng.uniform(*bound, (64, 1, 1)) for bound in bounds)
         at = (np.arange(self.cell) + 0.5) / self.cell * 2 - 1
         x, y = at - dx, at[:, None] - dy
         cos, sin = np.cos(angle), np.sin(angle)
@@ -492,22 +476,16 @@ class Images(torch.utils.data.Dataset):
     """Item (epoch, index) -> uint8 views (V, 3, S, S), local views (L, 3, s, s) and label.
 
     A pure function of seed, epoch and index. By default V = 1, resized and centre-cropped. With
-    num_global > 0: that many random resized crops and flips at full size, of a share `scale` of the
-    image, and num_local of 0.05 to scale[0] at side local_size. Colours are photometric's work.
+    num_global > 0: that many random resized crops and flips at full size, of a share `scale` to 1
+    of the image, and num_local of 0.05 to `scale` at side local_size. Colours: see photometric.
     """
 
-    def __init__(
-        self, source, size, num_global=0, num_local=0, local_size=1, scale=(0.3, 1), seed=0
-    ):
+    def __init__(self, source, size, num_global=0, num_local=0, local_size=1, scale=0.3, seed=0):
         self.source, self.seed, self.local_size = source, seed, local_size
-        self.num_global, self.num_local = num_global, num_local
+        self.num_global, self.num_local, flip = num_global, num_local, v2.RandomHorizontalFlip()
         self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-        flip = v2.RandomHorizontalFlip()
-        local_scale = (0.05, scale[0])
-        self.crop = v2.Compose([v2.RandomResizedCrop(size, scale=scale, antialias=True), flip])
-        self.local_crop = v2.Compose(
-            [v2.RandomResizedCrop(local_size, scale=local_scale, antialias=True), flip]
-        )
+        self.crop = v2.Compose([v2.RandomResizedCrop(size, (scale, 1)), flip])
+        self.local_crop = v2.Compose([v2.RandomResizedCrop(local_size, (0.05, scale)), flip])
 
     def __len__(self):
         return len(self.source)
@@ -629,17 +607,7 @@ def read(loader):
 # -------------------------------------------------------------------------------------- checkpoint
 
 # what may differ between the run that wrote a checkpoint and the one that continues it
-MAY_CHANGE = {
-    "epochs",
-    "steps",
-    "workers",
-    "save_every",
-    "log_every",
-    "device",
-    "amp",
-    "compile",
-    "ckpt",
-}
+MAY_CHANGE = "epochs steps workers save_every log_every device amp compile ckpt"
 
 
 def save(state, path, script):
@@ -661,10 +629,8 @@ def load_checkpoint(path):
     except FileNotFoundError:
         sys.exit(f"train.py: no checkpoint {path}; python train.py --ckpt {path} makes one")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        sys.exit(
-            f"train.py: {path} is truncated or not a checkpoint of train.py "
-            f"({type(error).__name__}); delete it or choose another --ckpt"
-        )
+        what = f"truncated or not a checkpoint of train.py ({type(error).__name__})"
+        sys.exit(f"train.py: {path} is {what}; delete it or choose another --ckpt")
     parts = {"encoder", "predictor", "optimizer", "step", "rng", "args"}
     if not isinstance(saved, dict) or not parts <= saved.keys():
         sys.exit(f"train.py: {path} is not a checkpoint of train.py; choose another --ckpt")
@@ -683,11 +649,10 @@ def resume(args, encoder, predictor, optimizer, last, rank):
         return 0
     saved = load_checkpoint(path)
     for name, value in vars(args).items():
-        if name not in MAY_CHANGE and saved["args"].get(name) != value:
-            sys.exit(
-                f"train.py: {path} was trained with {name}={saved['args'].get(name)}, this command "
-                f"says {value}; repeat that setting or choose another --ckpt"
-            )
+        if name not in MAY_CHANGE.split() and saved["args"].get(name) != value:
+            was = f"{path} was trained with {name}={saved['args'].get(name)}"
+            repeat = "repeat that setting or choose another --ckpt"
+            sys.exit(f"train.py: {was}, this command says {value}; {repeat}")
     for module, name in ((encoder, "encoder"), (predictor, "predictor"), (optimizer, "optimizer")):
         module.load_state_dict(saved[name])
     torch.set_rng_state(saved["rng"])
@@ -745,22 +710,17 @@ def fill_in(args, count, side, world):
     if args.local_size is None:
         args.local_size = max(round(0.43 * args.image_size / patch), 1) * patch
     if not 2 <= args.batch_size <= count:
-        sys.exit(
-            f"train.py: --batch-size {args.batch_size} must be from 2 (SIGReg compares images) to "
-            f"the {count} images of the data"
-        )
+        limits = f"from 2 (SIGReg compares images) to the {count} images of the data"
+        sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
     if args.batch_size % world:
+        must = f"is the global batch and must divide by the {world} ranks"
         near = max(args.batch_size // world, 1) * world
-        sys.exit(
-            f"train.py: --batch-size {args.batch_size} is the global batch and must divide by the "
-            f"{world} ranks (try {near})"
-        )
+        sys.exit(f"train.py: --batch-size {args.batch_size} {must} (try {near})")
     return chosen | {"image_size": args.image_size}
 
 
 def patch_size(model, side):
-    """What the image's side must be a multiple of: a ViT's patch, others' reduction by 32 in all,
-    nothing for a ResNet on small images, which gets a small stem."""
+    """What divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others."""
     name = re.fullmatch(r"vit_[a-z](\d+)", model)
     return max(int(name[1]), 1) if name else 1 if "resne" in model and side <= 96 else 32
 
