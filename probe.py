@@ -16,7 +16,7 @@ features and labels in, out a dictionary with `name`, its top-1 in percent on th
 which takes no part in fitting or choosing anything, and `name_protocol`. The last line of standard
 output is JSON.
 
-N training and M validation images, D features, C classes, H linear heads; B, V, S as in train.py.
+N training and N' validation images, D features, C classes, H linear heads; B, S as in train.py.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def make_room(rows, width, whole, folder):
 
 
 def check_labels(train_y, val_y):
-    """ValueError where labels (N,), (M,) cannot be probed: missing, a single class, unseen ones."""
+    """ValueError where labels (N,), (N',) cannot be probed: missing, a single class, unseen ones."""
     for name, y in (("training", train_y), ("validation", val_y)):
         missing = int((y < 0).sum())
         if missing:
@@ -131,7 +131,7 @@ def check_labels(train_y, val_y):
 def knn_probe(train_x, train_y, val_x, val_y, ks=NEIGHBOURS, temperature=0.07):
     """The vote of the k nearest training images by cosine, each weighted exp(cosine / temperature).
 
-    train_x (N, D), val_x (M, D) features, train_y (N,), val_y (M,) int64 labels (Wu et al. 2018).
+    train_x (N, D), val_x (N', D) features, train_y (N,), val_y (N',) int64 labels (Wu et al. 2018).
     Exact, float32, on the device of train_x. Returns `knn`, that of k = 20 or else of the last k,
     and `knn_k`, of all ks. ValueError as check_labels has it.
     """
@@ -482,7 +482,7 @@ def pca_picture(encoder, images, side):
 def nearest_picture(train_x, val_x, train_set, val_set, queries, neighbours=8, side=96):
     """(3, H, W) in [0, 1]: a row for each validation image of `queries` and its nearest by cosine.
 
-    train_x (N, D), val_x (M, D) features of train_set, val_set: train.Images. A green frame around
+    train_x (N, D), val_x (N', D) features of train_set, val_set: train.Images. A green frame around
     a training image: of the query's class; red: of another.
     """
     cosine = F.normalize(val_x[queries].float(), dim=1) @ F.normalize(train_x.float(), dim=1).T
