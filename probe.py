@@ -21,6 +21,7 @@ N training and N' validation images, D features, C classes, H linear heads; B, S
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -82,7 +83,8 @@ def extract_features(
     chunks = [[(0, i) for i in chunk] for chunk in chunks]
     rows = len(images) if rank == 0 else last - first
     features, labels, done = None, torch.zeros(rows, dtype=torch.int64), 0
-    for views, _, label in train.read(train.loader_of(images, chunks, workers)):
+    loader = train.loader_of(images, workers, batch_sampler=chunks)
+    for views, _, label in train.read(loader):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
         if features is None:  # by the size of the whole: all ranks send one type
@@ -112,7 +114,7 @@ def make_room(rows, width, whole, folder):
 
 
 def check_labels(train_y, val_y):
-    """ValueError where labels (N,), (N',) cannot be probed: missing, a single class, unseen ones."""
+    """ValueError where labels (N,), (N',) cannot be probed: missing, one class, unseen ones."""
     for name, y in (("training", train_y), ("validation", val_y)):
         missing = int((y < 0).sum())
         if missing:
@@ -305,10 +307,10 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     """Effective rank, k-NN, linear and few-shot of frozen features, on rank 0; {} on the others."""
     train_x, train_y = frozen_features(encoder, train_set, options)
     val_x, val_y = frozen_features(encoder, val_set, options)
-    here = dist.is_initialized() and dist.get_rank()
+    elsewhere = dist.is_initialized() and dist.get_rank() > 0
     # a collective: the other ranks' images are rank 0's by now
-    rank_of_val = effective_rank(val_x[:0].float() if here else val_x.float()).item()
-    if here:
+    erank = effective_rank(val_x[:0].float() if elsewhere else val_x.float()).item()
+    if elsewhere:
         return {}
     train_x = train_x.to(device) if train_x.numel() <= 2**31 else train_x
     data = train_x, train_y.to(train_x.device), val_x, val_y
@@ -319,7 +321,7 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     except ValueError as error:
         sys.exit(str(error))
     protocol = f"of {val_x.shape[1]}, validation images"
-    return result | {"erank": round(rank_of_val, 2), "erank_protocol": protocol}
+    return result | {"erank": round(erank, 2), "erank_protocol": protocol}
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
@@ -398,7 +400,9 @@ def finetune(encoder, who, train_set, val_set, size, options, path):
     torch.nn.init.zeros_(head.bias)
     settings = {name: getattr(options, name) for name in REPEATED.split()}
     said = settings | {name: getattr(options, name) for name in ("epochs", "steps", "batch_size")}
-    settings |= {"encoder": who, "size": size, "classes": classes}
+    weights = torch.cat([p.detach().double().flatten()[:99].cpu() for p in encoder.parameters()])
+    digest = hashlib.sha256(weights.numpy()).hexdigest()[:12]  # not another run's of that name
+    settings |= {"encoder": f"{who} {digest}", "size": size, "classes": classes}
     tune(encoder, head, train_set, size, options, settings, path, rank)
     if not all(p.isfinite().all() for p in [*encoder.parameters(), *head.parameters()]):
         sys.exit(f"probe.py: fine-tuning became non-finite; lower --lr, and delete {path}")
@@ -430,11 +434,12 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
     parts = {"encoder": encoder, "head": head, "optimizer": optimizer}
     first = resume_tuning(path, parts, settings, rank)
-    encode, classify = (train.parallel(m, False, device, world) for m in (encoder, head))
+    encode, classify = (train.parallel(m, options, device, world) for m in (encoder, head))
     crops = train.Images(train_set, size, num_global=1, scale=0.35, seed=options.seed)
-    shares = train.batches(len(train_set), batch, first, last, options.seed, rank, world)
+    rows = torch.arange(batch).tensor_split(world)[rank]
+    shares = train.batches(len(train_set), batch, first, last, options.seed, rows)
     mix = mixup_or_cutmix(options.mixup, options.cutmix, settings["classes"])
-    loader = train.loader_of(crops, shares, options.workers)
+    loader = train.loader_of(crops, options.workers, batch_sampler=shares)
     for step, (views, _, labels) in enumerate(train.read(loader), first + 1):
         torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # mixes and drop path
         images, labels = mix(train.normalize(views[:, 0].to(device) / 255), labels.to(device))
@@ -502,8 +507,8 @@ def draw_pictures(encoder, who, sources, size, options, device):
     """Writes --pca and --nearest of 8 validation images, evenly through the split."""
     train_set, val_set = (train.Images(source, size) for source in sources)
     queries = torch.linspace(0, len(val_set) - 1, 8).long().tolist()
-    here = dist.is_initialized() and dist.get_rank()
-    if options.pca and not here:
+    elsewhere = dist.is_initialized() and dist.get_rank() > 0
+    if options.pca and not elsewhere:
         large = train.Images(sources[1], 4 * size)
         images = torch.cat([large[0, i][0] for i in queries]).to(device) / 255
         save_image(pca_picture(encoder, images, max(4 * size, 128)), options.pca)
@@ -511,7 +516,7 @@ def draw_pictures(encoder, who, sources, size, options, device):
         print(f"{options.pca}: {says}, {who}")
     if options.nearest:
         train_x, val_x = (frozen_features(encoder, s, options)[0] for s in (train_set, val_set))
-        if not here:
+        if not elsewhere:
             picture = nearest_picture(train_x, val_x, train_set, val_set, queries)
             save_image(picture, options.nearest)
             says = "8 validation images, their 8 nearest training images; green: same class"

@@ -45,7 +45,7 @@ def legendre_sigreg_plain(z):
     """KL of the batch's Gaussian fit from N(0, I), per dimension: source A with its scale kept.
 
     The Legendre-Fenchel bound on the log-partition function, -1/2 tr C + 1/2 log det C
-    - D/2 log(2 pi e) and a term for the mean, is largest at C = I. As a loss per dimension:
+    + D/2 log(2 pi e) - 1/2 |mean|^2, is largest at mean 0 and C = I. As a loss per dimension:
 
         C = cov(z) + RIDGE I                                    cov(z) divided by N
         value = (tr C + |mean|^2 - log det C - D) / (2 D) = KL(N(mean, C) || N(0, I)) / D
@@ -89,22 +89,23 @@ def quadrature(knots, t_max, like):
 def masked_loss(z_context, z_target, z_pred, lam, regularizer, relative=False, on="pooled"):
     """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(embeddings of the batch).
 
-    z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred (B, K,
-    Nt, D): the target's patches as predicted; regularizer: (N, D) -> scalar. Gradients flow through
-    everything. Returns loss, prediction loss, regularizer. A to the letter is spectral_sigreg
-    on="pooled", each image's mean token. relative: see prediction_loss. on="tokens": patch tokens
-    less their mean at each place, context and target as two samples; CLS is in neither, since
-    tokens that nobody predicts could carry the spread alone.
+        pred   = mean (z_pred - z_target)^2           or relative: sum |z_pred - t|^2 / sum |t|^2
+        SIGReg = of each image's mean token           or on tokens: (SIGReg(c) + SIGReg(t)) / 2
+        c, t   = centre(z_context), centre(z_target)
+
+    z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
+    (B, K, Nt, D): predicted patches; regularizer: (N, D) -> scalar. CLS is in the mean token alone:
+    nobody predicts it, and it could carry the spread. A to the letter is spectral_sigreg, pooled,
+    not relative. Gradients flow through everything. Returns loss, prediction loss, regularizer.
     """
-    context, target = centre(z_context[:, 1:]), centre(z_target[:, :, 1:])
+    context, target = z_context[:, 1:], z_target[:, :, 1:]
+    centred = centre(target) if relative or on == "tokens" else None
     if on == "pooled":
         reg = regularizer(pool(z_context, z_target))
     else:
-        reg = (regularizer(context.flatten(0, 1)) + regularizer(target.flatten(0, 2))) / 2
-    if relative:
-        pred = prediction_loss(z_pred, target, relative=True)
-    else:
-        pred = prediction_loss(z_pred, z_target[:, :, 1:])
+        reg = regularizer(centre(context).flatten(0, 1)) + regularizer(centred.flatten(0, 2))
+        reg = reg / 2
+    pred = prediction_loss(z_pred, centred if relative else target, relative)
     return pred + lam * reg, pred, reg
 
 
@@ -118,6 +119,7 @@ def multi_view_loss(z, num_global, lam, regularizer):
     regularizer: (N, D) -> scalar, on each view apart, as views of one image are not independent.
     Gradients flow through c as well. Returns loss, prediction loss, regularizer.
     """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     pred = prediction_loss(z, z[:num_global].mean(0).expand_as(z))
     reg = sum(regularizer(view) for view in z) / len(z)
     return (1 - lam) * pred + lam * reg, pred, reg
@@ -175,13 +177,14 @@ def centre(z):
     apart: neither predicting nor spreading the places or the mask's outline pays. At least float32.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    count, total = sum_over_ranks(z.new_tensor(len(z)), z.sum(0))
+    count, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
     return z - total / count
 
 
 def pool(z_context, z_target):
     """Mean token of each image, both branches: (B, 1 + Nc, D), (B, K, 1 + Nt, D) -> (B, D)."""
-    return torch.cat([z_context, z_target.flatten(1, 2)], dim=1).float().mean(1)
+    z = torch.cat([z_context, z_target.flatten(1, 2)], dim=1)
+    return z.to(torch.promote_types(z.dtype, torch.float32)).mean(1)
 
 
 def prediction_loss(z_pred, z_target, relative=False):
@@ -200,7 +203,7 @@ def prediction_loss(z_pred, z_target, relative=False):
         z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_pred, z_target)
     )
     error, scale = (z_pred - z_target).square().sum(), z_target.square().sum()
-    error, scale, n = sum_over_ranks(error, scale, z_target.new_tensor(z_target.numel()))
+    error, scale, n = sum_over_ranks(error, scale, z_target.new_full((), z_target.numel()))
     # targets that are all equal have nothing to predict: 0 / tiny, not 0 / 0
     return error / (scale.clamp_min(torch.finfo(scale.dtype).tiny) if relative else n)
 
@@ -227,7 +230,7 @@ def _moments(z):
     """
     _check(z)
     z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
-    n, total, squares = sum_over_ranks(z.new_tensor(len(z)), z.sum(0), z.square().sum())
+    n, total, squares = sum_over_ranks(z.new_full((), len(z)), z.sum(0), z.square().sum())
     mean = total / n
     (gram,) = sum_over_ranks(_Gram.apply(z - mean))
     return n, mean, gram, squares
@@ -264,7 +267,7 @@ def effective_rank(z):
 def embedding_std(z):
     """Root mean variance of the columns, sqrt(tr cov / D). z (N, D) -> scalar >= 0."""
     z = centre(z)
-    count, squares = sum_over_ranks(z.new_tensor(z.numel()), z.square().sum())
+    count, squares = sum_over_ranks(z.new_full((), z.numel()), z.square().sum())
     return (squares / count).sqrt()
 
 
@@ -321,13 +324,13 @@ class _Sketched(torch.autograd.Function):
         units = []
         sums = torch.zeros(knots - 1, slices, dtype=z.dtype.to_complex(), device=z.device)
         for rows in z.split(block):
-            p = t_max / (knots - 1) * (rows @ directions)
-            units.append(torch.complex(p.cos(), p.sin()))
+            angle = t_max / (knots - 1) * (rows @ directions)
+            units.append(torch.complex(angle.cos(), angle.sin()))
             power = units[-1].clone()
             for total in sums:
                 total += power.sum(0)
                 power *= units[-1]
-        sums, n = sum_over_ranks(torch.view_as_real(sums), z.new_tensor(len(z)))
+        sums, n = sum_over_ranks(torch.view_as_real(sums), z.new_full((), len(z)))
         gap = torch.view_as_complex(sums) / n - phi[:, None]
         if ctx.needs_input_grad[0]:
             c = (2 * w * t / slices)[:, None] * torch.complex(gap.imag, gap.real)

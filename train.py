@@ -1,6 +1,6 @@
 """Train LeJEPA: one encoder, one loss, prediction + SIGReg, no teacher, no stop-gradient.
 
-    python train.py                                         # embedded set `shapes`: 2 minutes
+    python train.py                                         # embedded set `shapes`: a minute
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data /data/photos                     # train/<class>/ and val/<class>/
     python train.py --data cifar10 --recipe crops --model resnet18                      # source B
@@ -22,7 +22,9 @@ symbols.
 """
 
 import argparse
+import ctypes
 import datetime
+import itertools
 import json
 import math
 import os
@@ -32,8 +34,9 @@ import resource
 import signal
 import sys
 import time
-from contextlib import contextmanager
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -51,61 +54,75 @@ from model import MLPPredictor, TransformerPredictor, projector, vit
 # ------------------------------------------------------------ the algorithm: draw, forward, loss
 
 
-def draw(images, local, seed, batch_size, rows, make_masks=None, colors=None):
-    """Everything random in a step but the crops: a pure function of `seed`.
+def draw(batch, seed, rows, batch_size, crops=(), make_masks=None, colors=None):
+    """Views and masks of a step: a pure function of `seed` and of the images.
 
-    images (B, V, 3, S, S), local (B, L, 3, s, s): uint8 crops of this rank's images, the `rows`
-    (B,) of the global batch; make_masks: generator -> (context, targets), for the global batch or
-    one for all images; colors: (p of blur, p of solarize), or None. Every rank draws for the whole
-    batch and takes its rows, so any number of ranks sees the same. Returns
+    batch: uint8, what the loader gives of this rank's images, the `rows` (B,) of the global batch:
+    (B, V, 3, S, S) and (B, L, 3, s, s), crops, or small images as they are, (B, 3, H, W), with
+    crops: (count, side, least and most share of the image) of each kind to take. make_masks:
+    generator -> (context, targets), for the global batch or one for all images; colors: (p of blur,
+    p of solarize), or None. Every rank draws for the whole batch and takes its rows, so any number
+    of ranks sees the same. Returns
 
     views: V + L of (B, 3, side, side), normalised; with masks, one for context and one for targets;
     masks: context (B, Nc) and targets (B, K, Nt), or None.
     """
-    generator = torch.Generator().manual_seed(seed)
-    views = [view / 255 for view in (*images.unbind(1), *local.unbind(1))]
-    masks = None
+    device, generator = batch[0].device, torch.Generator().manual_seed(seed)
+    views, masks = [], None
+    for count, side, *scale in crops:
+        draws = torch.rand(count, batch_size, 23, generator=generator)[:, rows]
+        views += [resized_crop(batch[0] / 255, send(u, device), side, scale) for u in draws]
+    views = views or [view / 255 for part in batch for view in part.unbind(1)]
     if make_masks:
         masks = make_masks(generator=generator)
-        masks = [m[rows % len(m)].to(images.device, non_blocking=True) for m in masks]
+        masks = [send(m[rows % len(m)], device) for m in masks]
         views = [*views, *views]
     if colors:
-        draws = torch.rand(len(views), batch_size, 9, generator=generator)[:, rows]
+        draws = send(torch.rand(len(views), batch_size, 9, generator=generator)[:, rows], device)
         views = [photometric(view, u, *colors) for view, u in zip(views, draws, strict=True)]
     return [normalize(view) for view in views], masks
+
+
+def send(x, device):
+    """x on the device; to a GPU from pinned memory, which does not wait for what runs there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def masked_forward(encode, predict, views, masks):
     """Source A: encode the context, encode the targets, predict the targets from the context.
 
-    views: two of (B, 3, S, S), the same crops in other colours. Returns what the loss sees,
-    (z_context, z_target, z_pred), and the embedding (B, D) that the log describes.
+    views: two of (B, 3, S, S), one crop of each image, in colours of its own where colours change.
+    Returns what masked_loss sees.
     """
     context, targets = masks
     z_context = encode(views[0], context)  # (B, 1 + Nc, D)
     z_target = encode(views[1], targets)  # (B, K, 1 + Nt, D): the same encoder, with its gradient
     z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
-    return (z_context, z_target, z_pred), sigreg.pool(z_context, z_target)
+    return z_context, z_target, z_pred
 
 
-def crops_forward(encode, project, views, masks, num_global):
-    """Source B: encode the num_global full crops and the local ones, project all of them.
-
-    views: V of (B, 3, side, side); masks: None. Returns what the loss sees, z (V, B, D), and what
-    the log describes: the global crops' features (num_global * B, width), before the projector.
-    """
+def crops_forward(encode, num_global, views, masks):
+    """Source B: encode the num_global full crops and the local ones, V in all: y (B, V, width)."""
     sizes = [crops for crops in (views[:num_global], views[num_global:]) if crops]
-    y = [embed(encode(torch.cat(crops))) for crops in sizes]  # (crops * B, width) of each size
-    z = project(torch.cat(y)).float().unflatten(0, (len(views), -1))
-    return (z,), y[0]
+    y = torch.cat([embed(encode(torch.cat(crops))) for crops in sizes])  # (V B, width)
+    return (y.unflatten(0, (len(views), -1)).transpose(0, 1),)
 
 
-def regularizer(name, dim, slices, seed, device):
+def crops_loss(y, project, num_global, lam, regularizer):
+    """Source B: project y (B, V, width), what follows is sigreg.multi_view_loss of z (V, B, D).
+
+    The projector sees all images at once, as its batch norm wants.
+    """
+    z = project(y.transpose(0, 1).flatten(0, 1)).unflatten(0, (y.shape[1], -1))
+    return sigreg.multi_view_loss(z, num_global, lam, regularizer)
+
+
+def make_regularizer(name, slices, seed):
     """SIGReg of one step as a function (N, D) -> scalar; the sketched one draws its slices anew."""
-    if name == "sketched":
-        directions = sigreg.random_directions(dim, slices, seed, device)
-        return partial(sigreg.sketched_sigreg, directions=directions)
-    return {"spectral": sigreg.spectral_sigreg, "legendre": sigreg.legendre_sigreg}[name]
+    if name != "sketched":
+        return {"spectral": sigreg.spectral_sigreg, "legendre": sigreg.legendre_sigreg}[name]
+    draw = cache(lambda dim, device: send(sigreg.random_directions(dim, slices, seed), device))
+    return lambda z: sigreg.sketched_sigreg(z, draw(z.shape[1], z.device))
 
 
 def learning_rate(step, last, lr, warmup=0, schedule="constant"):
@@ -115,13 +132,6 @@ def learning_rate(step, last, lr, warmup=0, schedule="constant"):
     return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
 
 
-@torch.no_grad()
-def diagnostics(pooled):
-    """Effective rank and standard deviation of pooled (N, D) over all ranks; call it on each."""
-    erank, std = sigreg.effective_rank(pooled), sigreg.embedding_std(pooled)
-    return {"erank": erank.item(), "std": std.item()}
-
-
 def mask_maker(args, grid, count):
     """The masks that the flags ask for, `count` of them, as a function of the generator."""
     make = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
@@ -129,73 +139,142 @@ def mask_maker(args, grid, count):
     return partial(make, count, grid, args.num_targets, args.target_scale, **context)
 
 
-def recipe(args, encoder):
-    """forward, loss, width of what SIGReg sees, and draw's last arguments, as --recipe has them."""
-    color = args.augment == "color"
+def recipe(args, encode, predict, device):
+    """forward: (views, masks) -> embeddings, and their loss, by --recipe and its flags."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     if args.recipe == "crops":
-        forward = partial(crops_forward, num_global=args.global_views)
-        loss = partial(sigreg.multi_view_loss, num_global=args.global_views, lam=args.lam)
-        return forward, loss, args.proj_dim, {"colors": (0.5, 0.2) if color else None}
-    relative, on = args.pred == "relative", args.sigreg_on
-    loss = partial(sigreg.masked_loss, lam=args.lam, relative=relative, on=on)
-    masks = mask_maker(args, encoder.grid, args.batch_size if args.masks_per == "image" else 1)
-    drawn = {"make_masks": masks, "colors": (0, 0) if color else None}
-    return masked_forward, loss, encoder.dim, drawn
+        settings = {"num_global": args.global_views, "lam": args.lam}
+        loss = partial(crops_loss, project=autocast(lambda y: predict(y)), **settings)
+        return autocast(partial(crops_forward, encode, args.global_views)), loss
+    settings = {"relative": args.pred == "relative", "on": args.sigreg_on, "lam": args.lam}
+    loss = partial(sigreg.masked_loss, **settings)
+    return autocast(partial(masked_forward, encode, predict)), loss
+
+
+def draw_settings(args, encoder, crops):
+    """What draw takes beside the batch and the seed."""
+    settings = {"batch_size": args.batch_size, "crops": crops}
+    if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops, none for masked
+        settings["colors"] = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
+    if args.recipe == "masked":
+        count = args.batch_size if args.masks_per == "image" else 1
+        settings["make_masks"] = mask_maker(args, encoder.grid, count)
+    return settings
+
+
+@torch.no_grad()
+def diagnostics(args, embeddings):
+    """Effective rank and standard deviation over all ranks, so call it on each: of each image's
+    mean token, or of its global crops' features before the projector."""
+    if args.recipe == "masked":
+        pooled = sigreg.pool(*embeddings[:2])  # (B, D)
+    else:
+        pooled = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B V, width)
+    erank, std = sigreg.effective_rank(pooled), sigreg.embedding_std(pooled)
+    return {"erank": erank.item(), "std": std.item()}
+
+
+# ----------------------------------------------------------- the same, `--micro-batch` images at
+# once
+#
+# SIGReg is a statistic of all images, so gradients that are added up over parts of the batch are
+# those of another loss. Exactly, in two passes: the first, without graph, collects the embeddings
+# that the loss needs; the loss gives their gradients; the second repeats each piece and sends these
+# through it.
+
+
+def in_pieces(views, masks, size):
+    """The views and masks of draw, cut into pieces of `size` images."""
+    masks = zip(*(m.split(size) for m in masks), strict=True) if masks else itertools.repeat(None)
+    return list(zip(zip(*(view.split(size) for view in views), strict=True), masks))  # noqa: B905
+
+
+def first_pass(forward, pieces, seed):
+    """The embeddings of all pieces together; of several, without graph, as leaves."""
+    if len(pieces) == 1:
+        torch.manual_seed(seed)
+        return forward(*pieces[0])
+    parts = []
+    for i, piece in enumerate(pieces):
+        torch.manual_seed(seed + i)  # of stochastic depth, the same in both passes
+        with torch.no_grad():
+            parts.append(forward(*piece))
+    return [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
+
+
+def second_pass(forward, pieces, seed, embeddings, modules):
+    """Repeats the pieces and back-propagates embeddings' gradients; ranks reduce in the last."""
+    sizes = [len(views[0]) for views, _ in pieces]
+    slopes = list(zip(*(z.grad.split(sizes) for z in embeddings), strict=True))
+    for i, (piece, slope) in enumerate(zip(pieces, slopes, strict=True)):
+        torch.manual_seed(seed + i)
+        with ExitStack() as stack:
+            if i + 1 < len(pieces):
+                for module in modules:
+                    stack.enter_context(getattr(module, "no_sync", nullcontext)())
+            torch.autograd.backward(forward(*piece), slope)
 
 
 def train(args, train_set, device, rank, world):
     """The loop: draw -> forward -> loss -> step -> log -> save, from the checkpoint's step on."""
     encoder, predictor, optimizer = build(args, device)
-    forward, loss_of, dim, drawn = recipe(args, encoder)
     per_epoch = len(train_set) // args.batch_size
     last, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    first = resume(args, encoder, predictor, optimizer, last, rank)
+    first = resume(args, encoder, predictor, optimizer, last, rank, world)
     if first >= last:
         return
-    loader = load(args, train_set, first, last, rank, world)
-    rows = torch.arange(args.batch_size).chunk(world)[rank]
-    encode = parallel(encoder, args.compile, device, world)
-    predict = parallel(predictor, args.compile, device, world)
-    writer = start_log(args, first, rank)
-    healthy = torch.ones((), dtype=torch.bool, device=device)
+    rows = torch.arange(args.batch_size).tensor_split(world)[rank]
+    steps = batches(len(train_set), args.batch_size, first, last, args.seed, rows)
+    loader, crops = load(args, train_set, steps, device)
+    settings = draw_settings(args, encoder, crops)
+    at_once = images_at_once(args, encoder, len(rows), device)
+    modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
+    forward, loss_of = recipe(args, *modules, device)
+    writer, pool = start_log(args, first, rank), ThreadPoolExecutor(1)
+    healthy, written = torch.ones((), dtype=torch.bool, device=device), None
     logged, start, waited, ready = first, time.perf_counter(), 0.0, time.perf_counter()
-    for step, (images, local, _) in enumerate(read(loader), first + 1):
-        waited += time.perf_counter() - ready
-        images, local = images.to(device, non_blocking=True), local.to(device, non_blocking=True)
-        seed = args.seed * 100_003 + step
-        views, masks = draw(images, local, seed, args.batch_size, rows, **drawn)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            embeddings, pooled = forward(encode, predict, views, masks)
-        reg_of = regularizer(args.sigreg, dim, args.slices, seed, device)
-        loss, pred, reg = loss_of(*embeddings, regularizer=reg_of)
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
-
-        log_now = step % args.log_every == 0 or step == last
-        save_now = step % args.save_every == 0 or step == last
-        if log_now or save_now:
-            check_health(healthy, encoder, predictor, step, args.ckpt)
-        if log_now:
-            row = {"step": step, "epoch": (step - 1) // per_epoch, "loss": loss.item()}
-            row |= {"pred": pred.item(), args.sigreg: reg.item()} | diagnostics(pooled)
-            seconds = time.perf_counter() - start
-            speed = (step - logged) * args.batch_size / seconds
-            row |= {"lr": group["lr"], "images_per_s": round(speed, 1)}
-            row |= {"wait": round(waited / seconds, 3)}
-            write_log(args, row, last, pooled.shape[1], device, writer, rank)
-            logged, start, waited = step, time.perf_counter(), 0.0
-        if save_now and rank == 0:
-            state = {"encoder": encoder.state_dict(), "predictor": predictor.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-            save(state | {"step": step, "args": vars(args)}, Path(args.ckpt), "train.py")
-        ready = time.perf_counter()
+    with signals() as caught:
+        for step, batch in enumerate(loader, first + 1):
+            waited += time.perf_counter() - ready
+            seed = args.seed * 100_003 + step
+            views, masks = draw(batch, seed, rows, **settings)
+            pieces = in_pieces(views, masks, at_once)
+            embeddings = first_pass(forward, pieces, seed * 1000)
+            regularizer = make_regularizer(args.sigreg, args.slices, seed)
+            loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
+            loss.backward()
+            if len(pieces) > 1:
+                second_pass(forward, pieces, seed * 1000, embeddings, modules)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
+            optimizer.step()
+            optimizer.zero_grad()
+            healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
+            stop_now = any_rank(caught, world)
+            log_now = step % args.log_every == 0 or step == last
+            save_now = step % args.save_every == 0 or step == last or stop_now
+            if log_now or save_now:
+                check_health(healthy, encoder, predictor, step, args.ckpt)
+            if log_now:
+                row = {"step": step, "epoch": (step - 1) // per_epoch, "loss": loss.item()}
+                row |= {"pred": pred.item(), args.sigreg: reg.item()}
+                row |= diagnostics(args, embeddings)
+                seconds = time.perf_counter() - start
+                speed = round((step - logged) * args.batch_size / seconds, 1)
+                wait = round(waited / seconds, 3)
+                row |= {"lr": group["lr"], "images_per_s": speed, "wait": wait}
+                write_log(args, row, last, encoder.dim, device, writer, rank)
+                logged, start, waited = step, time.perf_counter(), 0.0
+            if save_now and rank == 0:
+                parts = {"encoder": encoder, "predictor": predictor, "optimizer": optimizer}
+                written = store(written, pool, parts, {"step": step, "args": vars(args)})
+            if stop_now:
+                break
+            ready = time.perf_counter()
     if rank == 0:
-        print(f"train.py: finished {last} steps; next: python probe.py {args.ckpt}")
+        written.result()
+        then = "the same command continues" if stop_now else f"next: python probe.py {args.ckpt}"
+        print(f"train.py: step {step} of {last}, saved; {then}")
 
 
 # ------------------------------------------------------- what the loop is made of, and its log
@@ -229,7 +308,8 @@ def build_encoder(name, image_size):
 
 def embed(features):
     """What is probed: the mean patch token of tokens (B, 1 + P, D); features (B, D) as they are."""
-    return features[:, 1:].float().mean(1) if features.ndim == 3 else features.float()
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features[:, 1:].mean(1) if features.ndim == 3 else features
 
 
 def build(args, device):
@@ -254,16 +334,17 @@ def build(args, device):
         for name, p in module.named_parameters():
             groups[name.endswith("weight") and p.ndim >= 2].append(p)
     decay = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
-    return encoder, predictor, torch.optim.AdamW(decay, args.lr, weight_decay=args.weight_decay)
+    if device.type == "cuda" and not hasattr(encoder, "blocks"):
+        encoder.to(memory_format=torch.channels_last)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(decay, args.lr, weight_decay=args.weight_decay, fused=fused)
+    return encoder, predictor, optimizer
 
 
-def parallel(module, compiled, device, world):
+def parallel(module, args, device, world):
     """The module as the loop calls it; `module` itself keeps its names for the checkpoint."""
-    # The backward pass of torch's fused attention is slow on CPUs at these lengths: 1.9 to 4 times
-    # the plain one's time, 6 to 12 in bfloat16.
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
-    if compiled:
-        module = torch.compile(module, dynamic=True)  # mask sizes change by the step
+    if getattr(args, "compile", False):  # mask sizes change by the step, crops have two
+        module = torch.compile(module, dynamic=args.recipe == "masked")
     if world > 1:
         if device.type == "cuda":  # batch norm over the global batch, as SIGReg is
             module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -278,6 +359,29 @@ def check_health(healthy, encoder, predictor, step, ckpt):
     if not healthy or not all(p.isfinite().all() for p in weights):
         what = f"the loss or a weight became non-finite by step {step}"
         sys.exit(f"train.py: {what}; {ckpt} is as last saved; lower --lr or --lam")
+
+
+def images_at_once(args, encoder, share, device):
+    """How many of a rank's `share` of images go at once: --micro-batch, or on GPUs what has room.
+
+    A ViT's activations in bfloat16 come to 38 bytes a block, token and unit of width (measured for
+    B, L and H); weights, gradients and AdamW's state to 16 bytes a parameter. A fifth is left free.
+    """
+    if any("BatchNorm" in type(module).__name__ for module in encoder.modules()):
+        if (args.micro_batch or share) < share:
+            whole = f"{args.model} has batch norm, over the whole batch"
+            sys.exit(f"train.py: {whole}; leave --micro-batch out")
+        return share
+    if args.micro_batch or device.type != "cuda" or not hasattr(encoder, "blocks"):
+        return args.micro_batch or share
+    patches, local = encoder.grid**2, (args.local_size // encoder.patch_size) ** 2
+    tokens = 1.25 * patches
+    if args.recipe == "crops":
+        tokens = args.global_views * (patches + 1) + args.local_views * (local + 1)
+    each = 38 * len(encoder.blocks) * encoder.dim * tokens * (1 if args.amp else 2)
+    room = 0.8 * torch.cuda.get_device_properties(device).total_memory
+    room -= 16 * sum(p.numel() for p in encoder.parameters())
+    return min(share, 2 ** max(int(math.log2(max(room / each, 1))), 0))
 
 
 def start_log(args, first, rank):
@@ -328,6 +432,7 @@ def ranks(script, device):
     """
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
     rank, local_rank, world = (int(os.environ.get(*name)) for name in names)
+    keep_pages()
     try:
         device = torch.device(device)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -339,7 +444,8 @@ def ranks(script, device):
     if world > 1:
         # CPU tensors too: the probe's features. A day, since all wait while one downloads or fits.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        here = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=here)
     try:
         yield device, rank, world
     except KeyboardInterrupt:
@@ -347,6 +453,33 @@ def ranks(script, device):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def keep_pages():
+    """Has glibc keep freed memory: handing it back costs a tenth of the time in page faults."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        for name, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(name, value)
+
+
+@contextmanager
+def signals():
+    """A list that SIGTERM, SIGUSR1 and Ctrl-C are added to, for the loop to end after its step."""
+    caught, names = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.signal(name, lambda number, _: caught.append(number)) for name in names]
+    try:
+        yield caught
+    finally:
+        for name, handler in zip(names, before, strict=True):
+            signal.signal(name, handler)
+
+
+def any_rank(caught, world):
+    """Whether any rank caught a signal, agreed on by all."""
+    number = torch.tensor(len(caught))
+    if world > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return bool(number)
 
 
 @contextmanager
@@ -483,7 +616,9 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, source, size, num_global=0, num_local=0, local_size=1, scale=0.3, seed=0):
         self.source, self.seed, self.local_size = source, seed, local_size
         self.num_global, self.num_local, flip = num_global, num_local, v2.RandomHorizontalFlip()
-        self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        self.resize = v2.Compose(
+            [v2.Resize(size), v2.CenterCrop(size)] if size else [v2.Identity()]
+        )
         self.crop = v2.Compose([v2.RandomResizedCrop(size, (scale, 1)), flip])
         self.local_crop = v2.Compose([v2.RandomResizedCrop(local_size, (0.05, scale)), flip])
 
@@ -507,6 +642,57 @@ class Images(torch.utils.data.Dataset):
         return views, torch.cat(local), label
 
 
+def resized_crop(x, u, side, scale):
+    """torchvision's RandomResizedCrop and flip, each image by draws of its own, on x's device.
+
+    x (B, 3, H, W) float, u (B, 23) uniform draws in [0, 1), scale: least and most share of the
+    image
+    -> (B, 3, side, side). An antialiased bilinear resize is linear in rows and columns: two small
+    matrix products. Of ten boxes the first that fits counts.
+    """
+    area = x.shape[2] * x.shape[3] * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    ratio = torch.exp((2 * u[:, 10:20] - 1) * math.log(4 / 3))  # width / height, 3/4 to 4/3
+    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (height <= x.shape[2]) & (width <= x.shape[3])
+    first = fits.int().argmax(1, keepdim=True)
+    height = height.gather(1, first).clamp(1, x.shape[2])  # (B, 1)
+    width = width.gather(1, first).clamp(1, x.shape[3])
+    top = (u[:, 20:21] * (x.shape[2] - height + 1)).floor()
+    left = (u[:, 21:22] * (x.shape[3] - width + 1)).floor()
+    rows = resize_weights(top, height, x.shape[2], side)
+    columns = resize_weights(left, width, x.shape[3], side)
+    columns = torch.where(u[:, 22:, None] < 0.5, columns.flip(1), columns)
+    return rows[:, None] @ x @ columns.transpose(1, 2)[:, None]
+
+
+def resize_weights(start, length, before, after):
+    """[start, start + length) of `before` pixels resized to `after`: (B, after, before)."""
+    step = length[..., None] / after  # (B, 1, 1)
+    centre = start[..., None] + step * (torch.arange(after, device=start.device)[:, None] + 0.5)
+    pixel = torch.arange(before, device=start.device) + 0.5
+    inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])
+    weights = (1 - (pixel - centre).abs() / step.clamp_min(1)).clamp_min(0) * inside
+    return weights / weights.sum(2, keepdim=True)
+
+
+YIQ = np.array([[0.2989, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+# a turn of the hue by an angle: HUE[0] + cos HUE[1] + sin HUE[2], all on RGB
+TURNS = np.diag([1, 0, 0]), np.diag([0, 1, 1]), np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]])
+HUE = np.stack([np.linalg.inv(YIQ) @ turn @ YIQ for turn in TURNS])
+MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+
+
+@cache
+def constant(name, device):
+    """One of the tables above on the device, made once: a copy from the host waits for the GPU."""
+    table = {
+        "luma": YIQ[0][:, None, None],
+        "hue": HUE,
+        "normal": np.array(MEAN_STD)[..., None, None],
+    }
+    return torch.tensor(table[name], dtype=torch.float32, device=device)
+
+
 def photometric(x, u, p_blur=0.0, p_solarize=0.0):
     """Colour jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grayscale with p 0.2, blur and solarize.
 
@@ -515,24 +701,20 @@ def photometric(x, u, p_blur=0.0, p_solarize=0.0):
     Brightness, contrast, saturation, hue always in this order; hue turns in the YIQ plane, not in
     HSV.
     """
-    u = u.to(x.device).T[..., None, None, None]  # (9, B, 1, 1, 1)
+    u = u.T[..., None, None, None]  # (9, B, 1, 1, 1)
     brightness, contrast, saturation, hue, jittered, grayed, sigma, blurred, solarized = u
-    yiq = [[0.2989, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
-    yiq = torch.tensor(yiq, device=x.device)
 
     def gray(x):
-        return (x * yiq[0][:, None, None]).sum(1, keepdim=True)
+        return (x * constant("luma", x.device)).sum(1, keepdim=True)
 
     y = (x * (1 + (2 * brightness - 1) * 0.4)).clamp(0, 1)
     mean = gray(y).mean((2, 3), keepdim=True)
     y = (mean + (1 + (2 * contrast - 1) * 0.4) * (y - mean)).clamp(0, 1)
     y = (gray(y) + (1 + (2 * saturation - 1) * 0.2) * (y - gray(y))).clamp(0, 1)
-    angle = 2 * math.pi * 0.1 * (2 * hue[:, 0, 0, 0] - 1)
-    turn = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
-    turn[:, 1, 1], turn[:, 1, 2] = angle.cos(), -angle.sin()
-    turn[:, 2, 1], turn[:, 2, 2] = angle.sin(), angle.cos()
-    turn = torch.linalg.inv(yiq) @ turn @ yiq
-    y = torch.einsum("bij,bjhw->bihw", turn, y).clamp(0, 1)
+    angle = 2 * math.pi * 0.1 * (2 * hue[:, 0] - 1)  # (B, 1, 1)
+    still, cos, sin = constant("hue", x.device)
+    turn = still + angle.cos() * cos + angle.sin() * sin  # (B, 3, 3)
+    y = (turn @ y.flatten(2)).view_as(y).clamp(0, 1)
     x = torch.where(jittered < 0.8, y, x)
     x = torch.where(grayed < 0.2, gray(x), x)
     if p_blur:
@@ -557,39 +739,62 @@ def blur(x, sigma):
 
 def normalize(images):
     """float (..., 3, H, W) in [0, 1] -> normalised with ImageNet's mean and standard deviation."""
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    mean, std = (torch.tensor(c, device=images.device)[:, None, None] for c in (mean, std))
+    mean, std = constant("normal", images.device)
     return (images - mean) / std
 
 
-def batches(num_images, batch_size, first, last, seed, rank, world):
-    """This rank's share of each global batch after step `first`, as lists of (epoch, index)."""
+def batches(num_images, batch_size, first, last, seed, rows):
+    """This rank's `rows` of each global batch after step `first`, as lists of (epoch, index)."""
     per_epoch = num_images // batch_size
-    share = batch_size // world
     for step in range(first, last):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == first:
             generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
             order = torch.randperm(num_images, generator=generator).tolist()
-        start = i * batch_size + rank * share
-        yield [(epoch, index) for index in order[start : start + share]]
+        yield [(epoch, order[i * batch_size + row]) for row in rows.tolist()]
 
 
-def load(args, train_set, first, last, rank, world):
-    """The loader of this rank's crops for the steps after `first`."""
-    views = {"num_global": int(args.augment != "none")}
+def load(args, train_set, steps, device):
+    """What draw gets of this rank's images, step by step, on the device, and the crops it takes.
+
+    Sets of small images of one size are held on the device as they are, and cropped there by draw;
+    others are cropped as they are loaded.
+    """
+    kinds = [(1, args.image_size, 0.3, 1)] * (args.augment != "none")
     if args.recipe == "crops":
-        views = {"num_global": args.global_views, "num_local": args.local_views}
-        views["local_size"] = args.local_size
-    images = Images(train_set, args.image_size, **views, seed=args.seed)
-    steps = batches(len(train_set), args.batch_size, first, last, args.seed, rank, world)
-    return loader_of(images, steps, args.workers, pin_memory=args.device.startswith("cuda"))
+        kinds = [(args.global_views, args.image_size, 0.3, 1)]
+        kinds += [(args.local_views, args.local_size, 0.05, 0.3)] * (args.local_views > 0)
+    whole = hold(train_set, args.workers, device)
+    if whole is not None and (kinds or whole.shape[2:] == (args.image_size, args.image_size)):
+        indices = (send(torch.tensor([i for _, i in keys]), device) for keys in steps)
+        return ([whole[i] if kinds else whole[i][:, None]] for i in indices), kinds
+    views = {f"num_{name}": kind[0] for name, kind in zip(("global", "local"), kinds, strict=False)}
+    images = Images(train_set, args.image_size, **views, local_size=args.local_size, seed=args.seed)
+    loader = read(loader_of(images, steps, args.workers, pin_memory=device.type == "cuda"))
+    return ([x.to(device, non_blocking=True) for x in parts[:2]] for parts in loader), ()
 
 
-def loader_of(images, batches, workers, pin_memory=False):
-    """A DataLoader of the given lists of items; its processes leave Ctrl-C to the main one."""
-    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": leave_interrupts}
-    return torch.utils.data.DataLoader(images, batch_sampler=batches, **options)
+def hold(data, workers, device):
+    """All images, uint8 (N, 3, H, W), on the device; None if they differ in size or are large."""
+    if shorter_side(data) > 96 or len(data) * 3 * 96**2 > 2**33:
+        return None
+    try:
+        parts = list(read(loader_of(data, workers, batch_size=500, collate_fn=stack)))
+        return torch.cat(parts).to(device)
+    except (RuntimeError, ValueError):  # torch.cat's and np.stack's, where sizes differ
+        return None
+
+
+def stack(items):
+    """(image, label) pairs -> uint8 (B, 3, H, W)."""
+    images = (i if isinstance(i, np.ndarray) else i.convert("RGB") for i, _ in items)
+    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2)
+
+
+def loader_of(data, workers, **options):
+    """A DataLoader whose processes leave Ctrl-C to the main one."""
+    options |= {"num_workers": workers, "worker_init_fn": leave_interrupts}
+    return torch.utils.data.DataLoader(data, **options)
 
 
 def leave_interrupts(worker):
@@ -607,7 +812,24 @@ def read(loader):
 # -------------------------------------------------------------------------------------- checkpoint
 
 # what may differ between the run that wrote a checkpoint and the one that continues it
-MAY_CHANGE = "epochs steps workers save_every log_every device amp compile ckpt"
+MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
+
+
+def on_host(state):
+    """A copy of the state's tensors in host memory, which later steps leave alone."""
+    if isinstance(state, dict):
+        return {name: on_host(part) for name, part in state.items()}
+    if isinstance(state, list):
+        return [on_host(part) for part in state]
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+
+
+def store(written, pool, parts, rest):
+    """Copies the state, has `pool` write it; `written`, the last one, must have ended well."""
+    if written:
+        written.result()
+    state = {name: part.state_dict() for name, part in parts.items()} | rest
+    return pool.submit(save, on_host(state), Path(rest["args"]["ckpt"]), "train.py")
 
 
 def save(state, path, script):
@@ -631,23 +853,28 @@ def load_checkpoint(path):
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         what = f"truncated or not a checkpoint of train.py ({type(error).__name__})"
         sys.exit(f"train.py: {path} is {what}; delete it or choose another --ckpt")
-    parts = {"encoder", "predictor", "optimizer", "step", "rng", "args"}
+    parts = {"encoder", "predictor", "optimizer", "step", "args"}
     if not isinstance(saved, dict) or not parts <= saved.keys():
         sys.exit(f"train.py: {path} is not a checkpoint of train.py; choose another --ckpt")
     return saved
 
 
-def resume(args, encoder, predictor, optimizer, last, rank):
+def resume(args, encoder, predictor, optimizer, last, rank, world):
     """The step of the checkpoint, whose state is put in place; 0 where there is none.
 
-    Exits where it was trained with other settings, and where its folder does not exist.
+    Rank 0 reads it and sends it to all: other nodes need not see its disk. Exits where it was
+    trained with other settings, and where its folder does not exist.
     """
-    path = Path(args.ckpt)
-    if not path.exists():
-        if not path.absolute().parent.is_dir():
-            sys.exit(f"train.py: --ckpt {path}: no such folder {path.absolute().parent}")
+    path, found = Path(args.ckpt), [None]
+    if rank == 0 and path.exists():
+        found = [load_checkpoint(path)]
+    elif rank == 0 and not path.absolute().parent.is_dir():
+        sys.exit(f"train.py: --ckpt {path}: no such folder {path.absolute().parent}")
+    if world > 1:
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    saved = found[0]
+    if saved is None:
         return 0
-    saved = load_checkpoint(path)
     for name, value in vars(args).items():
         if name not in MAY_CHANGE.split() and saved["args"].get(name) != value:
             was = f"{path} was trained with {name}={saved['args'].get(name)}"
@@ -655,7 +882,6 @@ def resume(args, encoder, predictor, optimizer, last, rank):
             sys.exit(f"train.py: {was}, this command says {value}; {repeat}")
     for module, name in ((encoder, "encoder"), (predictor, "predictor"), (optimizer, "optimizer")):
         module.load_state_dict(saved[name])
-    torch.set_rng_state(saved["rng"])
     step, then = saved["step"], f"finished: {last} steps; next: python probe.py {path}"
     if rank == 0:
         says = f"is {then}" if step >= last else f"continues from step {step}"
@@ -695,12 +921,12 @@ def fill_in(args, count, side, world):
     photographs = 2 if side <= 96 else 3 if count < 500_000 else 4
     kind = 0 if args.data == "shapes" else 1 if side <= 48 else photographs
     chosen = {name: values[kind] for name, values in DEFAULTS.items()} | RECIPES[args.recipe]
-    chosen["batch_size"] = min(chosen["batch_size"], count) // world * world
+    chosen["batch_size"] = min(chosen["batch_size"], count)
     chosen["weight_decay"] = 5e-4 if "resne" in (args.model or "") else 0.05
     # shapes are cheaper to draw than to send between processes
     cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen["workers"] = 0 if kind == 0 and args.recipe == "masked" else min(8, cores)
-    chosen["amp"] = args.device.startswith("cuda")
+    chosen["amp"] = args.device.startswith("cuda") or has_bfloat16()
     chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
     vars(args).update(chosen)
     patch = patch_size(args.model, side)
@@ -712,11 +938,15 @@ def fill_in(args, count, side, world):
     if not 2 <= args.batch_size <= count:
         limits = f"from 2 (SIGReg compares images) to the {count} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
-    if args.batch_size % world:
-        must = f"is the global batch and must divide by the {world} ranks"
-        near = max(args.batch_size // world, 1) * world
-        sys.exit(f"train.py: --batch-size {args.batch_size} {must} (try {near})")
+    if args.batch_size < world:
+        sys.exit(f"train.py: --batch-size {args.batch_size} leaves some of {world} ranks no image")
     return chosen | {"image_size": args.image_size}
+
+
+def has_bfloat16():
+    """Whether this CPU has units for bfloat16: it is then faster there."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and re.search("avx512_bf16|amx_bf16", info.read_text()) is not None
 
 
 def patch_size(model, side):
@@ -763,6 +993,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
     ],
     "optimization": [
         ("batch-size", int, None, "", "images a step over all ranks"),
+        ("micro-batch", int, None, 1, "images a rank at once, exact all the same [what has room]"),
         ("epochs", int, None, 1, "passes over the data"),
         ("steps", int, None, 1, "stop after so many steps, whatever --epochs says"),
         ("lr", float, None, 0, "AdamW learning rate"),
@@ -776,7 +1007,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
         ("save-every", int, 500, 1, "steps between checkpoints"),
         ("log-every", int, 50, 1, "steps between lines of the log"),
         ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "", "cuda or cpu"),
-        ("amp", bool, None, "", "bfloat16 autocast of encoder and predictor [on GPUs]"),
+        ("amp", bool, None, "", "bfloat16 autocast of encoder, predictor [where there are units]"),
         ("compile", bool, False, "", "torch.compile: slow start, faster steps"),
     ],
 }
