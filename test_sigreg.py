@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -1563,6 +1564,26 @@ def test_resized_crop_is_torchvisions_of_the_same_box(height, width, side):
     assert min(sizes) < 0.15 and max(sizes) > 0.75
 
 
+@pytest.mark.parametrize("recipe", ["masked", "crops"])
+def test_large_photographs_are_cropped_as_they_are_loaded(recipe, tmp_path):
+    folder = jpeg_folder(tmp_path / "photos", size=100)
+    arguments = [
+        "--data",
+        str(folder),
+        "--recipe",
+        recipe,
+        "--model",
+        "vit_n16",
+        "--image-size",
+        "64",
+    ]
+    arguments += ["--batch-size", "6", "--augment", "color", "--steps", "3"]
+    one = run_train(tmp_path, *arguments, "--workers", "0")
+    path = tmp_path / "again.pt"
+    train.main([*TINY, *arguments, "--workers", "1", "--ckpt", str(path)])
+    assert same_weights(one, torch.load(path, weights_only=True))
+
+
 def test_small_images_of_one_size_are_held(tmp_path):
     folder = jpeg_folder(tmp_path / "photos")
     data = train.open_data(str(folder), "", "train")
@@ -1646,6 +1667,41 @@ def test_micro_batches_over_two_uneven_ranks(tmp_path):
         expected, whole = step_gradients(arguments, 25, torch.float64)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
         assert (gradient - whole).norm() <= 1e-10 * whole.norm()
+
+
+def two_hosts(arguments, *checkpoints):
+    """Two rendezvous agents on the loopback, one rank each, each with its own checkpoint path."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    agent += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    script = [str(HERE / "train.py"), *TINY, *arguments, "--ckpt"]
+    hosts = [
+        subprocess.Popen(
+            [*agent, f"--node_rank={i}", *script, str(path)], stdout=subprocess.DEVNULL
+        )
+        for i, path in enumerate(checkpoints)
+    ]
+    assert [host.wait(timeout=240) for host in hosts] == [0, 0]
+
+
+def test_two_hosts_without_a_shared_disk(tmp_path):
+    one, two = tmp_path / "one" / "ckpt.pt", tmp_path / "two" / "ckpt.pt"
+    one.parent.mkdir(), two.parent.mkdir()
+    arguments = ["--no-amp", "--weight-decay", "0", "--lr", "1e-4", "--batch-size", "33"]
+    two_hosts([*arguments, "--steps", "6"], one, two)
+    assert one.exists() and not two.exists()
+    two_hosts([*arguments, "--steps", "12"], two, one)  # the checkpoint is with rank 1 now
+    train.main([*TINY, *arguments, "--steps", "12", "--ckpt", str(tmp_path / "whole.pt")])
+    logs = [tmp_path / "whole.jsonl", one.with_suffix(".jsonl"), two.with_suffix(".jsonl")]
+    whole, before, after = (
+        {row["step"]: row["loss"] for row in map(json.loads, log.read_text().splitlines()[1:])}
+        for log in logs
+    )
+    assert list(before) == [2, 4, 6] and list(after) == [8, 10, 12]
+    # float32 sums in another order, amplified by 12 steps of AdamW
+    assert before | after == pytest.approx(whole, rel=1e-3)
 
 
 def test_batch_norm_refuses_pieces(tmp_path):

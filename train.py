@@ -770,7 +770,8 @@ def load(args, train_set, steps, device):
         return ([whole[i] if kinds else whole[i][:, None]] for i in indices), kinds
     views = {f"num_{name}": kind[0] for name, kind in zip(("global", "local"), kinds, strict=False)}
     images = Images(train_set, args.image_size, **views, local_size=args.local_size, seed=args.seed)
-    loader = read(loader_of(images, steps, args.workers, pin_memory=device.type == "cuda"))
+    pin = device.type == "cuda"
+    loader = read(loader_of(images, args.workers, batch_sampler=steps, pin_memory=pin))
     return ([x.to(device, non_blocking=True) for x in parts[:2]] for parts in loader), ()
 
 
@@ -862,16 +863,20 @@ def load_checkpoint(path):
 def resume(args, encoder, predictor, optimizer, last, rank, world):
     """The step of the checkpoint, whose state is put in place; 0 where there is none.
 
-    Rank 0 reads it and sends it to all: other nodes need not see its disk. Exits where it was
-    trained with other settings, and where its folder does not exist.
+    Whichever rank has the newest reads it and sends it to all: nodes need not share a disk. Exits
+    where it was trained with other settings, and where its folder does not exist.
     """
-    path, found = Path(args.ckpt), [None]
-    if rank == 0 and path.exists():
-        found = [load_checkpoint(path)]
-    elif rank == 0 and not path.absolute().parent.is_dir():
+    path = Path(args.ckpt)
+    if not path.absolute().parent.is_dir():
         sys.exit(f"train.py: --ckpt {path}: no such folder {path.absolute().parent}")
+    written = torch.zeros(world, dtype=torch.float64)
+    written[rank] = path.stat().st_mtime if path.exists() else 0
     if world > 1:
-        dist.broadcast_object_list(found, device=torch.device("cpu"))
+        dist.all_reduce(written)
+    source = int(written.argmax())
+    found = [load_checkpoint(path) if rank == source and written[rank] else None]
+    if world > 1:
+        dist.broadcast_object_list(found, src=source, device=torch.device("cpu"))
     saved = found[0]
     if saved is None:
         return 0
