@@ -7,7 +7,7 @@
     python probe.py ckpt.pt --layers 4 --pool both        # the last 4 blocks, patch mean beside CLS
     python probe.py ckpt.pt --data cifar10 dtd photos     # transfer: other data sets, one table
     python probe.py ckpt.pt --finetune                    # all weights on labels; again: continues
-    python probe.py ckpt.pt --pca pca.png --nearest nearest.png
+    python probe.py ckpt.pt --pca pca.png                 # patch tokens as colours
     python probe.py ckpt.pt --export encoder.safetensors  # the encoder alone, timm's names; or .pt
     torchrun --nproc_per_node=8 probe.py ckpt.pt          # features, fine-tuning on all ranks
 
@@ -28,7 +28,6 @@ import math
 import re
 import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -38,12 +37,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+from torchvision.utils import make_grid, save_image
 
 import train
 from sigreg import effective_rank
 
-IN_MEMORY = 2**28  # features of more numbers than this are float16 in a file
 NEIGHBOURS = (1, 5, 10, 20, 50, 200)
 HEADS = tuple(  # learning rate x weight decay of the linear heads
     itertools.product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
@@ -64,19 +62,21 @@ def read_out(encoder, images, pool, layers):
 
 
 @torch.no_grad()
-def extract_features(
-    encoder, images, pool="avg", layers=1, batch_size=500, workers=0, amp=False, folder=None
-):
-    """Features (N, D) and labels (N,) int64 of all N images in order, on the CPU.
+def extract_features(encoder, images, pool="avg", layers=1, batch_size=500, workers=0, amp=False):
+    """Features (N, D) float32 and labels (N,) int64 of all N images in order, on the CPU.
 
     encoder: images -> tokens (B, 1 + P, D) or features (B, D), or None: the pixels; images:
     train.Images; pool: avg, the mean of the patch tokens, cls, the CLS token, or both side by side;
-    layers: how many last blocks (ViT); amp: bfloat16 autocast. Float32; above IN_MEMORY numbers
-    float16 in a nameless file in `folder`, mapped into memory. Under torchrun each rank encodes its
-    share; rank 0 returns everything, the others their share.
+    layers: how many last blocks (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes its
+    share; rank 0 returns everything, the others their share. ValueError with fewer images than
+    ranks.
     """
     device = next(encoder.parameters()).device if encoder else torch.device("cpu")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(images) < world:
+        raise ValueError(
+            f"probe.py: {len(images)} images are too few for {world} ranks; take fewer"
+        )
     bounds = [len(images) * r // world for r in range(world + 1)]
     first, last = bounds[rank], bounds[rank + 1]
     chunks = [range(at, min(at + batch_size, last)) for at in range(first, last, batch_size)]
@@ -87,27 +87,18 @@ def extract_features(
     for views, _, label in train.read(loader):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
-        if features is None:  # by the size of the whole: all ranks send one type
-            features = make_room(rows, x.shape[1], len(images), folder)
+        if features is None:
+            features = torch.empty(rows, x.shape[1])
         features[done : done + len(x)], labels[done : done + len(x)] = x.cpu(), label
         done += len(x)
     for r in range(1, world):
-        if rank == 0 and bounds[r] < bounds[r + 1]:
+        if rank == 0:
             dist.recv(features[bounds[r] : bounds[r + 1]], r)
             dist.recv(labels[bounds[r] : bounds[r + 1]], r)
-        elif rank == r and rows:
+        elif rank == r:
             dist.send(features, 0)
             dist.send(labels, 0)
     return features, labels
-
-
-def make_room(rows, width, whole, folder):
-    """(rows, width), in memory if all `whole` rows would fit there, else in a nameless file."""
-    if whole * width <= IN_MEMORY:
-        return torch.empty(rows, width)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:  # its room goes when the tensor does
-        size, dtype = rows * width, torch.float16
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(rows, width)
 
 
 # --------------------------------------------------------------------------- k-NN, linear, few-shot
@@ -190,20 +181,18 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
 
         min over W, b of  mean cross-entropy(standardised x W + b, y) + decay / 2 |W|^2
 
-    by momentum SGD (0.9, batch 1024, cosine rate, 10 passes and at least 400 steps) in principal
-    axes scaled to variance 1: the problem is well conditioned there, and 10 passes do what takes
-    hundreds on standardised features. The penalty stays that of the standardised ones: 1 / variance
-    on each axis, and its step is implicit, so any decay is stable. rows: indices of the images to
-    fit, all by default; above IN_MEMORY numbers x is read batch by batch. Returns weight (D, H, C)
-    and bias (H, C), which act on x as it is, on the device of x.
+    by SGD (batch 1024, gradients averaged with 0.9 as momentum, so that a rate of 1 is 0.1 in the
+    usual form; cosine rate, 10 passes and at least 400 steps) in principal axes scaled to variance
+    1: the problem is well conditioned there, and 10 passes do what takes hundreds on standardised
+    features. The penalty stays that of the standardised ones: 1 / variance on each axis, and its
+    step is implicit, so any decay is stable. rows: indices of the images to fit, by default all.
+    Returns weight (D, H, C) and bias (H, C), which act on x as it is, on the device of x.
     """
     rows = torch.arange(len(x)) if rows is None else rows.cpu()
     n, classes, count, device = len(rows), int(y.max()) + 1, len(heads), x.device
     mean, turn, shrink = principal_axes(x, rows)
     mean32, turn32, shrink = mean.float(), turn.float(), shrink.float()[:, None, None]
-    turned = None
-    if n * x.shape[1] <= IN_MEMORY:  # once, where there is room
-        turned = (x[rows].float() - mean32) @ turn32
+    turned = (x[rows].float() - mean32) @ turn32
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
     weight = torch.zeros(turn.shape[1], count, classes, device=device)
     bias = torch.zeros(count, classes, device=device)
@@ -216,7 +205,7 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
         if at == 0:
             order = torch.randperm(n, generator=generator)
         now = order[at : at + batch]
-        z = (x[rows[now]].float() - mean32) @ turn32 if turned is None else turned[now]
+        z = turned[now]
         logits = torch.addmm(bias.flatten(), z, weight.flatten(1)).view(batch, count, classes)
         error = logits.softmax(-1)  # less the one-hot labels, the gradient of the logits
         label = y[rows[now], None, None].expand(-1, count, 1)
@@ -297,10 +286,10 @@ def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
 
 
 def frozen_features(encoder, images, options):
-    """extract_features as the options have it; large ones go in a file beside the checkpoint."""
-    encoder, folder = None if options.pixels else encoder, Path(options.ckpt).absolute().parent
+    """extract_features as the options have it."""
+    encoder = None if options.pixels else encoder
     settings = {"pool": options.pool, "layers": options.layers, "workers": options.workers}
-    return extract_features(encoder, images, **settings, amp=options.amp, folder=folder)
+    return extract_features(encoder, images, **settings, amp=options.amp)
 
 
 def frozen_probes(encoder, train_set, val_set, options, device):
@@ -484,43 +473,14 @@ def pca_picture(encoder, images, side):
     return make_grid(sheet, nrow=4, padding=4, pad_value=1)
 
 
-def nearest_picture(train_x, val_x, train_set, val_set, queries, neighbours=8, side=96):
-    """(3, H, W) in [0, 1]: a row for each validation image of `queries` and its nearest by cosine.
-
-    train_x (N, D), val_x (N', D) features of train_set, val_set: train.Images. A green frame around
-    a training image: of the query's class; red: of another.
-    """
-    cosine = F.normalize(val_x[queries].float(), dim=1) @ F.normalize(train_x.float(), dim=1).T
-    nearest = cosine.topk(neighbours, dim=1).indices.tolist()
-    tiles, frame = [], torch.tensor([[0, 0, side - 1, side - 1]])
-    for query, row in zip(queries, nearest, strict=True):
-        found = [val_set[0, query], *(train_set[0, i] for i in row)]
-        wanted = found[0][2]
-        for place, (image, _, label) in enumerate(found):
-            colour = "white" if place == 0 else "green" if label == wanted else "red"
-            tile = F.interpolate(image, (side, side), mode="nearest")[0]
-            tiles.append(draw_bounding_boxes(tile, frame, colors=[colour], width=4) / 255)
-    return make_grid(torch.stack(tiles), nrow=neighbours + 1, padding=4, pad_value=1)
-
-
-def draw_pictures(encoder, who, sources, size, options, device):
-    """Writes --pca and --nearest of 8 validation images, evenly through the split."""
-    train_set, val_set = (train.Images(source, size) for source in sources)
-    queries = torch.linspace(0, len(val_set) - 1, 8).long().tolist()
-    elsewhere = dist.is_initialized() and dist.get_rank() > 0
-    if options.pca and not elsewhere:
-        large = train.Images(sources[1], 4 * size)
-        images = torch.cat([large[0, i][0] for i in queries]).to(device) / 255
-        save_image(pca_picture(encoder, images, max(4 * size, 128)), options.pca)
-        says = f"8 validation images at {4 * size} px and their patch tokens' principal components"
-        print(f"{options.pca}: {says}, {who}")
-    if options.nearest:
-        train_x, val_x = (frozen_features(encoder, s, options)[0] for s in (train_set, val_set))
-        if not elsewhere:
-            picture = nearest_picture(train_x, val_x, train_set, val_set, queries)
-            save_image(picture, options.nearest)
-            says = "8 validation images, their 8 nearest training images; green: same class"
-            print(f"{options.nearest}: {says}, {who}")
+def draw_pca(encoder, who, source, size, path, device):
+    """Writes pca_picture of 8 validation images, evenly through the split."""
+    images = train.Images(source, 4 * size)
+    chosen = torch.linspace(0, len(source) - 1, 8).long().tolist()
+    images = torch.cat([images[0, i][0] for i in chosen]).to(device) / 255
+    save_image(pca_picture(encoder, images, max(4 * size, 128)), path)
+    says = f"8 validation images at {4 * size} px and their patch tokens' principal components"
+    print(f"{path}: {says}, {who}")
 
 
 # --------------------------------------------------------------------------- export, options, main
@@ -570,7 +530,6 @@ OPTIONS = {  # as in train.py
     "in place of k-NN and linear probe": [
         ("finetune", bool, False, "", "all weights on the labels; with --untrained, from scratch"),
         ("pca", str, None, "", "a PNG of the tokens' principal components, at 4 times the size"),
-        ("nearest", str, None, "", "a PNG of validation images and their nearest training images"),
         ("export", str, None, "", "write the encoder alone, as .safetensors or .pt"),
     ],
     "fine-tuning": [
@@ -611,11 +570,11 @@ def parse_args(argv=None):
         sys.exit(f"probe.py: --shots {min(options.shots)} must be at least 1")
     if options.drop_path >= 1:
         sys.exit(f"probe.py: --drop-path {options.drop_path} must be below 1")
-    if len(options.data or []) > 1 and (options.pca or options.nearest):
+    if len(options.data or []) > 1 and options.pca:
         sys.exit("probe.py: a picture is of one data set; give --data one")
     chosen = options.pixels or options.pool != "avg" or options.layers > 1
     if chosen and (options.finetune or options.pca or options.export):
-        of = "choose the features of k-NN, linear probe and --nearest; leave them out here"
+        of = "choose the features of k-NN and linear probe; leave them out here"
         sys.exit(f"probe.py: --pixels, --pool and --layers {of}")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
     options.lr = options.lr or 1e-3 * options.batch_size / 256
@@ -679,13 +638,13 @@ def summarize(results):
 
 def run(encoder, who, data, sources, size, options, device):
     """What the options ask for on one data set: pictures, fine-tuning, or the frozen probes."""
-    if options.pca or options.nearest:
-        draw_pictures(encoder, who, sources, size, options, device)
+    if options.pca and not (dist.is_initialized() and dist.get_rank()):
+        draw_pca(encoder, who, sources[1], size, options.pca, device)
     if options.finetune:
         path, untrained = Path(options.ckpt), "-untrained" * options.untrained
         path = path.with_name(f"{path.stem}.finetune{untrained}-{Path(data).name}.pt")
         return finetune(encoder, who, *sources, size, options, path)
-    if options.pca or options.nearest:
+    if options.pca:
         return {}
     return frozen_probes(encoder, *(train.Images(s, size) for s in sources), options, device)
 
@@ -704,8 +663,9 @@ def main(argv=None):
         if options.export and rank == 0:
             export(encoder, options.export)
         results = []
-        pictured = options.finetune or options.pca or options.nearest
-        own = [] if options.export and not pictured else [args["data"]]
+        own = [args["data"]]
+        if options.export and not (options.finetune or options.pca):
+            own = []
         for data in options.data or own:
             sources = open_splits(data, options.data_root, args["seed"], size)
             found = run(encoder, who, data, sources, size, options, device)

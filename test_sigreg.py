@@ -939,7 +939,7 @@ def test_transfer_prints_one_table(trained, tmp_path, capsys, few_shapes):
     [
         *FROZEN,
         ["--finetune", "--steps", "3", "--batch-size", "64"],
-        ["--pca", "p.png", "--nearest", "n.png", "--export", "e.pt"],
+        ["--pca", "p.png", "--export", "e.pt"],
     ],
     ids=" ".join,
 )
@@ -998,61 +998,6 @@ def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, fe
     assert (
         results[0]["linear"] != results[1]["linear"]
         and results[0]["linear_held_out"] == results[1]["linear_held_out"]
-    )
-
-
-def test_large_features_go_to_a_file(trained, tmp_path, monkeypatch, few_shapes):
-    encoder = train.build_encoder("vit_n8", 32).eval()
-    encoder.load_state_dict(trained[1]["encoder"])
-    images = train.Images(train.Shapes(32, 0, "val"), 32)
-    x, y = probe.extract_features(encoder, images, batch_size=64)
-    monkeypatch.setattr(probe, "IN_MEMORY", 1000)
-    mapped, labels = probe.extract_features(encoder, images, batch_size=64, folder=tmp_path)
-    assert (
-        mapped.dtype == torch.float16
-        and x.dtype == torch.float32
-        and torch.equal(y, labels)
-        and not list(tmp_path.iterdir())
-    )
-    assert torch.equal(mapped, x.half())
-    # the probes take them: float16 rounds at 5e-4
-    half, whole = (
-        (mapped[:100], y[:100], mapped[100:], y[100:]),
-        (x[:100], y[:100], x[100:], y[100:]),
-    )
-    assert probe.knn_probe(*half)["knn"] == pytest.approx(probe.knn_probe(*whole)["knn"], abs=2)
-    assert probe.linear_probe(*half)["linear"] == pytest.approx(
-        probe.linear_probe(*whole)["linear"], abs=5
-    )
-
-
-def extracting_rank(rank, folder):
-    """One of two gloo ranks: everything is above IN_MEMORY, a share is not."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    probe.IN_MEMORY = 30 * 768
-    features = probe.extract_features(
-        None, train.Images(torch.utils.data.Subset(train.Shapes(32), range(41)), 32), folder=folder
-    )
-    if rank == 0:
-        torch.save([part.clone() for part in features], f"{folder}/features.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_ranks_agree_on_where_large_features_go(tmp_path):
-    mp.spawn(extracting_rank, (str(tmp_path),), nprocs=2)
-    x, y = torch.load(tmp_path / "features.pt")
-    images = (
-        torch.stack([torch.from_numpy(train.Shapes(32)[i][0]) for i in range(41)]).permute(
-            0, 3, 1, 2
-        )
-        / 255
-    )
-    assert x.dtype == torch.float16 and torch.equal(y, torch.arange(41) % 10)
-    assert torch.allclose(
-        x.float(), torch.nn.functional.avg_pool2d(images, 2).flatten(1), atol=1e-3
     )
 
 
@@ -1197,17 +1142,6 @@ def test_pca_picture_shows_the_variance():
     assert (
         np.corrcoef(first.flatten().detach(), red.flatten())[0, 1] ** 2 > 0.98
     )  # cut at the percentiles
-
-
-def test_nearest_picture_frames_by_class():
-    one, two = train.Images(train.Shapes(32), 32), train.Images(train.Shapes(32), 32)
-    x = torch.eye(40)[
-        torch.arange(40) // 2
-    ]  # image 2 i and 2 i + 1 are alike, and of different classes
-    picture = probe.nearest_picture(x, x, one, two, [4], neighbours=2, side=32)
-    assert picture.shape == (3, 40, 3 * 36 + 4)
-    frames = [tuple(picture[:, 5, 36 * i + 5].mul(255).round().int().tolist()) for i in (1, 2)]
-    assert sorted(frames) == [(0, 128, 0), (255, 0, 0)]
 
 
 def test_export_loads_elsewhere(trained, tmp_path, capsys):
@@ -1612,8 +1546,13 @@ def step_gradients(arguments, size, dtype, world=1, rank=0):
     whole = train.hold(images, 0, torch.device("cpu"))
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
     settings = train.draw_settings(args, encoder, crops)
-    views, masks = train.draw([whole], 5, rows, **settings)
-    pieces = train.in_pieces([view.to(dtype) for view in views], masks, size)
+
+    def draw(images, some):
+        views, masks = train.draw([images], 5, some, **settings)
+        return [view.to(dtype) for view in views], masks
+
+    parts = zip(whole.split(size), rows.split(size), strict=True)
+    pieces = [partial(draw, *part) for part in parts]
     embeddings = train.first_pass(forward, pieces, 7)
     reg_of = train.make_regularizer(args.sigreg, 32, 5)
     loss = loss_of(*embeddings, regularizer=reg_of)[0]

@@ -22,9 +22,7 @@ symbols.
 """
 
 import argparse
-import ctypes
 import datetime
-import itertools
 import json
 import math
 import os
@@ -174,45 +172,40 @@ def diagnostics(args, embeddings):
     return {"erank": erank.item(), "std": std.item()}
 
 
-# ----------------------------------------------------------- the same, `--micro-batch` images at
-# once
+# ------------------------------------------------ draw and forward, `--micro-batch` images at once
 #
-# SIGReg is a statistic of all images, so gradients that are added up over parts of the batch are
-# those of another loss. Exactly, in two passes: the first, without graph, collects the embeddings
-# that the loss needs; the loss gives their gradients; the second repeats each piece and sends these
-# through it.
-
-
-def in_pieces(views, masks, size):
-    """The views and masks of draw, cut into pieces of `size` images."""
-    masks = zip(*(m.split(size) for m in masks), strict=True) if masks else itertools.repeat(None)
-    return list(zip(zip(*(view.split(size) for view in views), strict=True), masks))  # noqa: B905
+# SIGReg is a statistic of all images: gradients added up over parts of the batch are those of
+# another loss. Exactly, in two passes: the first, without graph, collects the embeddings; their
+# loss gives their gradients; the second repeats each piece and sends these through it. A piece is a
+# call of draw for some of the images, and costs nothing until it is made.
 
 
 def first_pass(forward, pieces, seed):
     """The embeddings of all pieces together; of several, without graph, as leaves."""
     if len(pieces) == 1:
         torch.manual_seed(seed)
-        return forward(*pieces[0])
+        return forward(*pieces[0]())
     parts = []
     for i, piece in enumerate(pieces):
         torch.manual_seed(seed + i)  # of stochastic depth, the same in both passes
         with torch.no_grad():
-            parts.append(forward(*piece))
+            parts.append(forward(*piece()))
     return [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
 
 
 def second_pass(forward, pieces, seed, embeddings, modules):
     """Repeats the pieces and back-propagates embeddings' gradients; ranks reduce in the last."""
-    sizes = [len(views[0]) for views, _ in pieces]
-    slopes = list(zip(*(z.grad.split(sizes) for z in embeddings), strict=True))
-    for i, (piece, slope) in enumerate(zip(pieces, slopes, strict=True)):
+    start = 0
+    for i, piece in enumerate(pieces):
         torch.manual_seed(seed + i)
         with ExitStack() as stack:
             if i + 1 < len(pieces):
                 for module in modules:
                     stack.enter_context(getattr(module, "no_sync", nullcontext)())
-            torch.autograd.backward(forward(*piece), slope)
+            parts = forward(*piece())
+            end = start + len(parts[0])
+            torch.autograd.backward(parts, [z.grad[start:end] for z in embeddings])
+        start = end
 
 
 def train(args, train_set, device, rank, world):
@@ -237,8 +230,8 @@ def train(args, train_set, device, rank, world):
         for step, batch in enumerate(loader, first + 1):
             waited += time.perf_counter() - ready
             seed = args.seed * 100_003 + step
-            views, masks = draw(batch, seed, rows, **settings)
-            pieces = in_pieces(views, masks, at_once)
+            parts = zip(rows.split(at_once), *(x.split(at_once) for x in batch), strict=True)
+            pieces = [partial(draw, part, seed, mine, **settings) for mine, *part in parts]
             embeddings = first_pass(forward, pieces, seed * 1000)
             regularizer = make_regularizer(args.sigreg, args.slices, seed)
             loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
@@ -432,7 +425,6 @@ def ranks(script, device):
     """
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
     rank, local_rank, world = (int(os.environ.get(*name)) for name in names)
-    keep_pages()
     try:
         device = torch.device(device)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -453,13 +445,6 @@ def ranks(script, device):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def keep_pages():
-    """Has glibc keep freed memory: handing it back costs a tenth of the time in page faults."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for name, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(name, value)
 
 
 @contextmanager
