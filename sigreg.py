@@ -47,13 +47,14 @@ def legendre_sigreg_plain(z):
     The Legendre-Fenchel bound on the log-partition function, -1/2 tr C + 1/2 log det C
     + D/2 log(2 pi e) - 1/2 |mean|^2, is largest at mean 0 and C = I. As a loss per dimension:
 
-        C = cov(z) + RIDGE I                                    cov(z) divided by N
+        C = cov(z) + RIDGE (I + diag cov(z))                    cov(z) divided by N
         value = (tr C + |mean|^2 - log det C - D) / (2 D) = KL(N(mean, C) || N(0, I)) / D
 
     z (N, D) -> scalar >= 0, nats per dimension: 0 at mean 0 and C = I.
     """
     (n, dim), mean = z.shape, z.mean(0)
-    c = (z - mean).T @ (z - mean) / n + RIDGE * torch.eye(dim).to(z)
+    c = (z - mean).T @ (z - mean) / n
+    c = c + RIDGE * torch.diag(1 + c.diagonal())
     return (c.trace() + mean.square().sum() - torch.logdet(c) - dim) / (2 * dim)
 
 
@@ -209,31 +210,31 @@ def prediction_loss(z_pred, z_target, relative=False):
 
 
 class _Gram(torch.autograd.Function):
-    """z^T z. Its gradient z (G + G^T) is one product; autograd's own takes two, one a factor."""
+    """z^T z in float64, from blocks in z's precision; its gradient z (G + G^T) is one product."""
 
     @staticmethod
     def forward(ctx, z):
         ctx.save_for_backward(z)
-        return z.T @ z
+        return sum((rows.T @ rows).double() for rows in z.split(2**12))
 
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        return z @ (grad + grad.T)
+        return z @ (grad + grad.T).to(z.dtype)
 
 
-def _moments(z):
+def _moments(z, dtype):
     """Row count, mean (D,), centred Gram matrix (D, D), sum of squares: of all ranks, in float64.
 
-    Two exchanges: centring before the product keeps all digits when the mean is large, which the
-    one-pass form sum(z z^T) - n mean mean^T does not. Apple's MPS has no float64: float32 there.
+    Computed in dtype, or z's own if that is wider. Two exchanges: centring before the product keeps
+    all digits when the mean is large, which the one-pass sum(z z^T) - n mean mean^T does not.
     """
     _check(z)
-    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    z = z.to(torch.promote_types(z.dtype, dtype))
     n, total, squares = sum_over_ranks(z.new_full((), len(z)), z.sum(0), z.square().sum())
     mean = total / n
     (gram,) = sum_over_ranks(_Gram.apply(z - mean))
-    return n, mean, gram, squares
+    return n.double(), mean.double(), gram, squares.double()
 
 
 def spectral_sigreg(z):
@@ -245,7 +246,7 @@ def spectral_sigreg(z):
     embedding from shrinking. sigma = sqrt(eig(Gram)), as eigvalsh's gradient has no poles where two
     values are equal. ValueError unless z is a 2-D float tensor.
     """
-    _, _, gram, squares = _moments(z)
+    _, _, gram, squares = _moments(z, torch.float64)
     eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
     finite = gram.isfinite().all()  # eigvalsh raises on others; this way they come out as nan
     eig = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0))
@@ -272,20 +273,20 @@ def embedding_std(z):
 
 
 def legendre_sigreg(z):
-    """legendre_sigreg_plain over all ranks, in float64, by Cholesky.
+    """legendre_sigreg_plain over all ranks, products in at least float32, Cholesky in float64.
 
-    z (N, D) of any float dtype -> scalar >= 0. The ridge grows by 1e-10 of the mean variance, which
-    Cholesky needs for batches of low rank and large scale; it is in the trace too, so value >= 0
-    holds. Shrinking z is punished as -log. ValueError unless z is a 2-D float tensor.
+    z (N, D) of any float dtype -> scalar >= 0, float64. The ridge is relative too, since rounding
+    in float32 is: so batches of low rank and any scale stay positive definite. It is in the trace,
+    and value >= 0 holds. Shrinking z is punished as -log. ValueError unless z is a 2-D float
+    tensor.
     """
-    n, mean, gram, _ = _moments(z)
-    dim = len(gram)
+    n, mean, gram, _ = _moments(z, torch.float32)
     cov = gram / n
-    eye = torch.eye(dim, dtype=cov.dtype, device=cov.device)
-    cov = cov + (RIDGE + 1e-10 * cov.diagonal().mean()) * eye  # trace's gradient waits for the GPU
+    cov = cov + RIDGE * torch.diag(1 + cov.diagonal())
     factor, failed = torch.linalg.cholesky_ex(cov)  # no wait for the GPU; nan is left to the caller
     log_det = torch.where(failed == 0, 2 * factor.diagonal().log().sum(), torch.nan)
-    return (cov.diagonal().sum() + mean.square().sum() - log_det - dim) / (2 * dim)
+    trace = cov.diagonal().sum()  # not .trace(): its gradient waits for the GPU
+    return (trace + mean.square().sum() - log_det - len(cov)) / (2 * len(cov))
 
 
 # --------------------------------------------------------------------- the sketched one, made fast
