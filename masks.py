@@ -33,6 +33,8 @@ def _check(batch_size, grid, num_targets, **scales):
         # a target as large as the image would leave no context; aspects are ratios, not shares
         bounds = {"target_scale": (1 - 1e-9, "below 1"), "target_aspect": (1e9, "finite")}
         top, meaning = bounds.get(name, (1, "at most 1"))
+        if name == "min_context" and not 0 < low <= top:
+            raise ValueError(f"masks.py: {name} must be above 0 and {meaning}, got {low}")
         if not 0 < low <= high <= top:
             wanted = f"(low, high) with 0 < low <= high {meaning}"
             raise ValueError(f"masks.py: {name} must be {wanted}, got {(low, high)}")

@@ -896,6 +896,7 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
     "epochs":       (5,          100,        100,        300,          300),
     "lr":           (1e-3,       1e-3,       1e-3,       1e-3,         1.5e-4),
 }
+MASKED_ONLY = "masks_per num_targets target_scale min_context pred sigreg_on"
 RECIPES = {  # what the recipe then says
     "masked":       {"sigreg": "legendre", "lam": 1.0},
     "crops":        {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
@@ -910,7 +911,9 @@ def fill_in(args, count, side, world):
     """
     photographs = 2 if side <= 96 else 3 if count < 500_000 else 4
     kind = 0 if args.data == "shapes" else 1 if side <= 48 else photographs
-    chosen = {name: values[kind] for name, values in DEFAULTS.items()} | RECIPES[args.recipe]
+    unused = MASKED_ONLY.split() if args.recipe == "crops" else ()
+    chosen = {name: row[kind] for name, row in DEFAULTS.items() if name not in unused}
+    chosen |= RECIPES[args.recipe]
     chosen["batch_size"] = min(chosen["batch_size"], count)
     chosen["weight_decay"] = 5e-4 if "resne" in (args.model or "") else 0.05
     # shapes are cheaper to draw than to send between processes
@@ -990,7 +993,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
         ("schedule", "constant cosine", "constant", "", "cosine: falls to 0 at the last step"),
         ("warmup-epochs", float, 0, 0, "epochs in which the rate rises from 0"),
         ("weight-decay", float, None, 0, "AdamW's, not of biases and norms [0.05; ResNets 5e-4]"),
-        ("seed", int, 0, 0, "of weights, order, crops, masks and slices"),
+        ("seed", int, 0, 0, "of weights, order, crops, masks, slices and the shapes"),
     ],
     "run": [
         ("ckpt", str, "ckpt.pt", "", "written to, and continued from where it exists"),
