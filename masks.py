@@ -7,7 +7,6 @@ Masks are patch indices in raster order (row * width + column), int64, rectangul
     context (B, Nc)     the patches that the encoder sees
     targets (B, K, Nt)  K blocks of patches to predict; the context holds none of them
 
-They are pure functions of their arguments and the generator's state, without a loop over images.
 Differences from I-JEPA's collator: scale and aspect ratio are independent draws; contexts longer
 than the batch's common length lose patches at random, not from the bottom of the image; small grids
 return at once. This file needs torch alone.
@@ -15,27 +14,28 @@ return at once. This file needs torch alone.
 
 import math
 import struct
-import zlib
+from zlib import compress, crc32
 
 import torch
 
 
-def _check(batch_size, grid, num_targets, **scales):
+def _check(batch_size, grid, num_targets, min_context, target, context, aspect=(1, 1)):
     """(height, width) of the grid if the arguments are legal; else an error that names one."""
     height, width = (grid, grid) if isinstance(grid, int) else grid
-    if batch_size < 1:
-        raise ValueError(f"masks.py: batch_size must be at least 1, got {batch_size}")
     if min(height, width) < 1 or height * width < 2:
         raise ValueError(f"masks.py: grid must hold at least 2 patches, got {grid}")
-    if num_targets < 1:
-        raise ValueError(f"masks.py: num_targets must be at least 1, got {num_targets}")
-    for name, (low, high) in scales.items():
-        # a target as large as the image would leave no context; aspects are ratios, not shares
-        bounds = {"target_scale": (1 - 1e-9, "below 1"), "target_aspect": (1e9, "finite")}
-        top, meaning = bounds.get(name, (1, "at most 1"))
-        if name == "min_context" and not 0 < low <= top:
-            raise ValueError(f"masks.py: {name} must be above 0 and {meaning}, got {low}")
-        if not 0 < low <= high <= top:
+    for name, count in (("batch_size", batch_size), ("num_targets", num_targets)):
+        if count < 1:
+            raise ValueError(f"masks.py: {name} must be at least 1, got {count}")
+    if not 0 < min_context <= 1:
+        raise ValueError(f"masks.py: min_context must be above 0 and at most 1, got {min_context}")
+    scales = {  # a target as large as the image would leave no context
+        "target_scale": (target, 1 - 1e-9, "below 1"),
+        "target_aspect": (aspect, 1e9, "finite"),
+        "context_scale": (context, 1, "at most 1"),
+    }
+    for name, ((low, high), most, meaning) in scales.items():
+        if not 0 < low <= high <= most:
             wanted = f"(low, high) with 0 < low <= high {meaning}"
             raise ValueError(f"masks.py: {name} must be {wanted}, got {(low, high)}")
     return height, width
@@ -72,11 +72,6 @@ def _cover(rows, cols):
     return (torch.einsum("bkh,bkw->bhw", rows.float(), cols.float()) > 0).flatten(1)
 
 
-def _pick(score, count):
-    """Raster-ordered indices of the count smallest scores in each row: (B, N) -> (B, count)."""
-    return score.topk(count, largest=False).indices.sort().values
-
-
 def multi_block_masks(
     batch_size,
     grid,
@@ -92,16 +87,14 @@ def multi_block_masks(
     grid: patches per side, or (height, width). Scales are shares of the grid's area, aspect is
     height / width (log-uniform). One target size and one context size (square in units of the grid)
     are drawn per call, positions per image; blocks of one image may overlap. Returns context (B,
-    Nc) and targets (B, K, Nt), see the module.
+    Nc) and targets (B, K, Nt); ValueError names a bad argument.
 
-    Nc is the smallest context of the batch; min_context, a share of the grid, keeps one unlucky
-    image from starving all: one below it draws its places again, up to 8 times, then repeats
-    its first target K times and takes free patches outside its context block where it still must.
-    Raises ValueError naming a bad argument.
+    Nc is the smallest context of the batch. An image below min_context, a share of the grid, draws
+    its places again, up to 8 times, then repeats its first target K times and takes free patches
+    outside its context block where it still must.
     """
-    scales = {"target_scale": target_scale, "target_aspect": target_aspect}
-    scales |= {"context_scale": context_scale, "min_context": (min_context, min_context)}
-    height, width = _check(batch_size, grid, num_targets, **scales)
+    scales = target_scale, context_scale, target_aspect
+    height, width = _check(batch_size, grid, num_targets, min_context, *scales)
     scale, aspect = _uniform(target_scale, generator), _uniform(target_aspect, generator, log=True)
     block = _block_size(height, width, scale, aspect)
     if block == (height, width):  # rounding on a small grid: leave a line of patches to the context
@@ -126,14 +119,13 @@ def multi_block_masks(
         else:
             starved = free.sum(1) < wanted
             rows[starved], cols[starved] = rows[starved, :1], cols[starved, :1]
-
     length = max(int(allowed.sum(1).min()), wanted)
     score = torch.rand(allowed.shape, generator=generator, device=allowed.device)
     # lowest first: allowed patches in random order, then free ones outside the frame, then targets
-    context = _pick(torch.where(allowed, score, torch.where(free, 1 + score, 2 + score)), length)
-    inside = (rows[..., :, None] & cols[..., None, :]).flatten(2)
-    targets = inside.nonzero()[:, 2].view(batch_size, num_targets, -1)
-    return context, targets
+    score = torch.where(allowed, score, torch.where(free, 1 + score, 2 + score))
+    context = score.topk(length, largest=False).indices.sort().values
+    targets = (rows[..., :, None] & cols[..., None, :]).flatten(2).nonzero()[:, 2]
+    return context, targets.view(batch_size, num_targets, -1)
 
 
 def random_masks(
@@ -151,9 +143,8 @@ def random_masks(
     as long as min_context of the grid stays free (else they overlap); the context is a share in
     context_scale of the rest.
     """
-    scales = {"target_scale": target_scale, "context_scale": context_scale}
-    scales["min_context"] = (min_context, min_context)
-    height, width = _check(batch_size, grid, num_targets, **scales)
+    scales = target_scale, context_scale
+    height, width = _check(batch_size, grid, num_targets, min_context, *scales)
     num_patches = height * width
     pool = min(max(num_patches - max(round(min_context * num_patches), 1), 1), num_patches - 1)
     size = min(max(round(_uniform(target_scale, generator) * num_patches), 1), pool)
@@ -168,17 +159,12 @@ def random_masks(
 
 def write_png(path, picture):
     """picture (H, W, 3) uint8, as an 8-bit RGB file; by hand, as torch writes no pictures."""
-
-    def chunk(kind, data):
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    height, width, _ = picture.shape
     lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in picture)
-    chunks = [(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))]
-    chunks += [(b"IDAT", zlib.compress(lines, 9)), (b"IEND", b"")]
+    header = b"IHDR" + struct.pack(">2I5B", picture.shape[1], len(picture), 8, 2, 0, 0, 0)
     with open(path, "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for chunk in (header, b"IDAT" + compress(lines, 9), b"IEND"):
+            file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", crc32(chunk)))
 
 
 def main(grid=14, count=10, side=8):
@@ -188,9 +174,7 @@ def main(grid=14, count=10, side=8):
     rows = []
     for make, options in ((multi_block_masks, {}), (random_masks, {}), (multi_block_masks, large)):
         context, targets = make(count, grid, generator=torch.Generator().manual_seed(0), **options)
-        print(
-            f"context {tuple(context.shape)}, targets {tuple(targets.shape)} of {grid**2} patches"
-        )
+        print(f"{make.__name__}: context {tuple(context.shape)}, targets {tuple(targets.shape)}")
         picture = torch.full((count, grid * grid, 3), 50)  # what neither branch sees stays dark
         for colour, patches in zip(colours, [context, *targets.unbind(1)], strict=False):
             picture[torch.arange(count)[:, None], patches] = torch.tensor(colour)
@@ -199,8 +183,7 @@ def main(grid=14, count=10, side=8):
         picture = torch.nn.functional.pad(picture, (0, 0, side, 0, side, 0), value=255)
         rows.append(torch.cat(picture.unbind(), dim=1))
     write_png("masks.png", torch.cat(rows).to(torch.uint8))
-    print("masks.png: multi_block_masks, random_masks, one large block as for small photographs;")
-    print("context green, targets in other colours, dark is seen by neither")
+    print("masks.png: context green, targets in other colours, dark is seen by neither")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,8 @@ HEADS = tuple(  # learning rate x weight decay of the linear heads
     itertools.product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
 )
 
+
 # ---------------------------------------------------------------------------------------- features
-
-
 def read_out(encoder, images, pool, layers):
     """Features (B, D) of images (B, 3, S, S) in [0, 1]; without an encoder, 16 x 16 pixels."""
     if encoder is None:
@@ -102,8 +101,6 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=500, work
 
 
 # --------------------------------------------------------------------------- k-NN, linear, few-shot
-
-
 def check_labels(train_y, val_y):
     """ValueError where labels (N,), (N',) cannot be probed: missing, one class, unseen ones."""
     for name, y in (("training", train_y), ("validation", val_y)):
@@ -314,8 +311,6 @@ def frozen_probes(encoder, train_set, val_set, options, device):
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
-
-
 def layer_groups(encoder, head, decay, weight_decay):
     """AdamW's parameter groups, one a tensor, with `scale`: decay for each layer below the head.
 
@@ -449,8 +444,6 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
 
 
 # ---------------------------------------------------------------------------------------- pictures
-
-
 @torch.no_grad()
 def pca_picture(encoder, images, side):
     """images (B, 3, S, S) in [0, 1] -> (3, H, W): each beside its tokens' principal components.
@@ -484,8 +477,6 @@ def draw_pca(encoder, who, source, size, path, device):
 
 
 # --------------------------------------------------------------------------- export, options, main
-
-
 def export(encoder, path):
     """The encoder's state dict alone as a .safetensors or .pt file; a ViT's names are timm's."""
     state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}

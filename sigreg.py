@@ -8,10 +8,9 @@ Two documents call two different things SIGReg; both are here, with one relative
     legendre   A before its scale is dropped: KL of the batch's Gaussian fit from N(0, I)
     sketched   B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
 
-First the losses as on paper: copy from there. `*_sigreg_plain` is the definition, in one process;
-`*_sigreg`, below, is the same number over all ranks, in bounded memory, for every degenerate batch.
-N rows of D numbers, M slices, T knots; B images, V views, K target blocks, Nc and Nt patches of the
-context and of a target block. This file needs torch alone.
+`*_sigreg_plain`, to copy, is the definition in one process; `*_sigreg` is the same number over all
+ranks, in bounded memory, for every degenerate batch. N rows of D numbers, M slices, T knots; B
+images, V views, K target blocks of Nt patches, a context of Nc. This file needs torch alone.
 """
 
 import itertools
@@ -25,8 +24,6 @@ RIDGE = 1e-4  # keeps log det finite; a constant batch then costs -log(1e-4) / 2
 
 
 # ------------------------------------------------------------------------- the losses, as on paper
-
-
 def spectral_sigreg_plain(z):
     """Spectral Isometry and Geometry Regularizer (source A): KL of the spectrum from uniform.
 
@@ -69,7 +66,7 @@ def sketched_sigreg_plain(z, directions, knots=17, t_max=3.0):
 
     z (N, D), directions (D, M) with unit columns -> scalar >= 0; about 1.05 for a standard normal
     batch whatever N, growing like N for any other. 17 knots on [0, 3] are those of the authors'
-    released example; the paper's Algorithm 1 has 17 on [-5, 5]. Takes N M T numbers several times.
+    released example; the paper's Algorithm 1 has 17 on [-5, 5].
     """
     t, phi, w = quadrature(knots, t_max, like=z)
     angle = (z @ directions)[..., None] * t  # (N, M, T)
@@ -102,10 +99,10 @@ def masked_loss(z_context, z_target, z_pred, lam, regularizer, relative=False, o
     context, target = z_context[:, 1:], z_target[:, :, 1:]
     centred = centre(target) if relative or on == "tokens" else None
     if on == "pooled":
-        reg = regularizer(pool(z_context, z_target))
+        samples = [pool(z_context, z_target)]
     else:
-        reg = regularizer(centre(context).flatten(0, 1)) + regularizer(centred.flatten(0, 2))
-        reg = reg / 2
+        samples = [centre(context).flatten(0, 1), centred.flatten(0, 2)]
+    reg = sum(regularizer(z) for z in samples) / len(samples)
     pred = prediction_loss(z_pred, centred if relative else target, relative)
     return pred + lam * reg, pred, reg
 
@@ -120,25 +117,22 @@ def multi_view_loss(z, num_global, lam, regularizer):
     regularizer: (N, D) -> scalar, on each view apart, as views of one image are not independent.
     Gradients flow through c as well. Returns loss, prediction loss, regularizer.
     """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = wide(z)
     pred = prediction_loss(z, z[:num_global].mean(0).expand_as(z))
     reg = sum(regularizer(view) for view in z) / len(z)
     return (1 - lam) * pred + lam * reg, pred, reg
 
 
 # ------------------------------------------------------------- the same over all ranks, and exactly
-#
 # Under torch.distributed, tensors are this rank's share of the batch (shares may differ in size).
 # The value is that of the whole batch, and once DDP has averaged the parameter gradients they are
 # those of one process that holds it. Ranks exchange sums over images, never embeddings.
-
-
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce (sum) whose backward is the same all-reduce.
 
     Every rank back-propagates the same loss L(S) of the sum S: the backward sum is world * dL/dS,
     and DDP's division by world leaves the gradient of the whole batch. dist.all_reduce alone is
-    invisible to autograd: the other ranks' L drop out, the gradient is too small by 1 / world.
+    invisible to autograd: the gradient would be too small by 1 / world.
     """
 
     @staticmethod
@@ -165,10 +159,14 @@ def sum_over_ranks(*tensors):
     return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
+def wide(z):
+    """z in at least float32: losses are sums over many numbers, whatever the encoder's type."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
 def _check(z):
     if z.ndim != 2 or not z.is_floating_point():
-        got = f"{z.dtype} {tuple(z.shape)}"
-        raise ValueError(f"sigreg.py: z must be a float tensor of shape (N, D), got {got}")
+        raise ValueError(f"sigreg.py: z {z.dtype} {tuple(z.shape)} is not float of shape (N, D)")
 
 
 def centre(z):
@@ -177,15 +175,14 @@ def centre(z):
     With one mask for the batch, index j is one place in every image. What is left sets the images
     apart: neither predicting nor spreading the places or the mask's outline pays. At least float32.
     """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = wide(z)
     count, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
     return z - total / count
 
 
 def pool(z_context, z_target):
     """Mean token of each image, both branches: (B, 1 + Nc, D), (B, K, 1 + Nt, D) -> (B, D)."""
-    z = torch.cat([z_context, z_target.flatten(1, 2)], dim=1)
-    return z.to(torch.promote_types(z.dtype, torch.float32)).mean(1)
+    return wide(torch.cat([z_context, z_target.flatten(1, 2)], dim=1)).mean(1)
 
 
 def prediction_loss(z_pred, z_target, relative=False):
@@ -193,16 +190,13 @@ def prediction_loss(z_pred, z_target, relative=False):
 
         relative:  sum |z_pred - z_target|^2 / sum |z_target|^2
 
-    For centred targets (see centre) the relative loss is the share of their variance that is left
-    unexplained: 1 for predicting their mean, 0 for predicting all. z_pred, z_target of one shape ->
-    scalar >= 0 in at least float32. Raises ValueError for two shapes.
+    For centred targets the relative loss is the share of their variance left unexplained: 1 for
+    predicting their mean. z_pred, z_target of one shape -> scalar >= 0; ValueError for two shapes.
     """
     if z_pred.shape != z_target.shape:
-        shapes = f"z_pred {tuple(z_pred.shape)} and z_target {tuple(z_target.shape)}"
-        raise ValueError(f"sigreg.py: {shapes} differ in shape")
-    z_pred, z_target = (
-        z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_pred, z_target)
-    )
+        shapes = f"{tuple(z_pred.shape)} and {tuple(z_target.shape)}"
+        raise ValueError(f"sigreg.py: z_pred and z_target differ in shape: {shapes}")
+    z_pred, z_target = wide(z_pred), wide(z_target)
     error, scale = (z_pred - z_target).square().sum(), z_target.square().sum()
     error, scale, n = sum_over_ranks(error, scale, z_target.new_full((), z_target.numel()))
     # targets that are all equal have nothing to predict: 0 / tiny, not 0 / 0
@@ -223,35 +217,32 @@ class _Gram(torch.autograd.Function):
         return z @ (grad + grad.T).to(z.dtype)
 
 
-def _moments(z, dtype):
-    """Row count, mean (D,), centred Gram matrix (D, D), sum of squares: of all ranks, in float64.
-
-    Computed in dtype, or z's own if that is wider. Two exchanges: centring before the product keeps
-    all digits when the mean is large, which the one-pass sum(z z^T) - n mean mean^T does not.
-    """
+def _moments(z, dtype=torch.float32):
+    """Row count, mean (D,) and centred Gram matrix (D, D) over all ranks, in float64: in two
+    exchanges, as centring before the product keeps all digits when the mean is large."""
     _check(z)
     z = z.to(torch.promote_types(z.dtype, dtype))
-    n, total, squares = sum_over_ranks(z.new_full((), len(z)), z.sum(0), z.square().sum())
+    n, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
     mean = total / n
     (gram,) = sum_over_ranks(_Gram.apply(z - mean))
-    return n.double(), mean.double(), gram, squares.double()
+    return n.double(), mean.double(), gram
 
 
 def spectral_sigreg(z):
     """spectral_sigreg_plain over all ranks, in float64, finite for every finite batch.
 
-    z (N, D) of any float dtype -> scalar in [0, log D]: log D too for identical rows, where a small
-    constant under the division would give 0, the optimum, for collapse. With N <= D not below
+    z (N, D) of any float dtype -> scalar in [0, log D], log D for identical rows too, not below
     log(D / (N - 1)). Scale-free, value(c z) = value(z): it shapes the spectrum and cannot keep the
     embedding from shrinking. sigma = sqrt(eig(Gram)), as eigvalsh's gradient has no poles where two
     values are equal. ValueError unless z is a 2-D float tensor.
     """
-    _, _, gram, squares = _moments(z, torch.float64)
+    n, mean, gram = _moments(z, torch.float64)
     eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
     finite = gram.isfinite().all()  # eigvalsh raises on others; this way they come out as nan
     eig = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0))
     # What rounding leaves counts as zero, and has no gradient: eigvalsh is off by D eps of its
     # largest value, centring by some eps of |z| in a constant column (16: with a margin).
+    squares = gram.diagonal().sum() + n * mean.square().sum()
     rounding = (len(gram) * eps * eig[-1]).clamp_min((16 * eps) ** 2 * squares)
     keep = (eig > rounding.detach()) & (eig > tiny)
     sigma = torch.where(keep, torch.where(keep, eig, 1.0).sqrt(), 0.0)
@@ -267,20 +258,18 @@ def effective_rank(z):
 
 def embedding_std(z):
     """Root mean variance of the columns, sqrt(tr cov / D). z (N, D) -> scalar >= 0."""
-    z = centre(z)
-    count, squares = sum_over_ranks(z.new_full((), z.numel()), z.square().sum())
-    return (squares / count).sqrt()
+    n, _, gram = _moments(z)
+    return (gram.diagonal().mean() / n).sqrt()
 
 
 def legendre_sigreg(z):
     """legendre_sigreg_plain over all ranks, products in at least float32, Cholesky in float64.
 
-    z (N, D) of any float dtype -> scalar >= 0, float64. The ridge is relative too, since rounding
-    in float32 is: so batches of low rank and any scale stay positive definite. It is in the trace,
-    and value >= 0 holds. Shrinking z is punished as -log. ValueError unless z is a 2-D float
-    tensor.
+    z (N, D) of any float dtype -> scalar >= 0, float64. Shrinking z is punished as -log. The ridge
+    is relative too, since rounding in float32 is: batches of low rank and any scale stay positive
+    definite. ValueError unless z is a 2-D float tensor.
     """
-    n, mean, gram, _ = _moments(z, torch.float32)
+    n, mean, gram = _moments(z)
     cov = gram / n
     cov = cov + RIDGE * torch.diag(1 + cov.diagonal())
     factor, failed = torch.linalg.cholesky_ex(cov)  # no wait for the GPU; nan is left to the caller
@@ -290,13 +279,10 @@ def legendre_sigreg(z):
 
 
 # --------------------------------------------------------------------- the sketched one, made fast
-
-
 def random_directions(dim, num_slices, seed, device=None):
     """(D, M) float32 unit columns, uniform on the sphere, a pure function of the seed.
 
-    Drawn on the CPU: all ranks get the same ones, on any device, without a broadcast. Seeded with
-    the step number, a resumed run draws what the uninterrupted one would have drawn.
+    Drawn on the CPU, so that all ranks and devices get the same ones without a broadcast.
     """
     directions = torch.randn(dim, num_slices, generator=torch.Generator().manual_seed(seed))
     return (directions / directions.norm(dim=0)).to(device)
@@ -355,49 +341,39 @@ class _Sketched(torch.autograd.Function):
 def sketched_sigreg(z, directions, knots=17, t_max=3.0):
     """sketched_sigreg_plain over all ranks, without its (N, M, T) numbers: see _Sketched.
 
-    z (N, D) of any float dtype, directions (D, M) with unit columns, knots >= 2 -> scalar, float32,
-    or float64 for float64 z. Memory 8 N M bytes; directions get no gradient, and there is no second
-    derivative. Raises ValueError for other shapes.
+    z (N, D) of any float dtype, directions (D, M) with unit columns, knots >= 2 -> scalar in at
+    least float32. Takes 8 N M bytes; no second derivative. ValueError for other shapes.
     """
     _check(z)
     if directions.ndim != 2 or len(directions) != z.shape[1] or knots < 2:
-        wanted, got = f"({z.shape[1]}, M) and knots >= 2", f"{tuple(directions.shape)} and {knots}"
-        raise ValueError(f"sigreg.py: directions must be {wanted}, got {got}")
+        got = f"got {tuple(directions.shape)} and {knots}"
+        raise ValueError(f"sigreg.py: directions must be ({z.shape[1]}, M), knots >= 2; {got}")
     with torch.autocast(z.device.type, enabled=False):
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return _Sketched.apply(z, directions.to(z), knots, t_max)
+        return _Sketched.apply(wide(z), directions.to(wide(z)), knots, t_max)
 
 
 # ------------------------------------------------------------------------------------- benchmark
-
-
 def benchmark(device, rounds=5):
-    """Times each regularizer, its plain form and the bare product (N, D) x (D, M), with gradients.
-
-    Interleaved, in float32, medians of `rounds`; the tests compare their values.
-    """
-    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("regularizer    N    D    M        ms  plain / it  it / product")
-    runs = {
-        "sketched": (sketched_sigreg, sketched_sigreg_plain),
-        "legendre": (lambda z, a: legendre_sigreg(z), lambda z, a: legendre_sigreg_plain(z)),
-        "spectral": (lambda z, a: spectral_sigreg(z), lambda z, a: spectral_sigreg_plain(z)),
-    }
-    for name, (n, dim) in itertools.product(runs, [(256, 128), (2048, 128), (2048, 768)]):
+    """Times each regularizer, its plain form and the product (N, D) x (D, M), with gradients."""
+    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, M = 1024")
+    print("regularizer    N    D        ms  plain / it  it / product")
+    pairs = [(spectral_sigreg, spectral_sigreg_plain), (legendre_sigreg, legendre_sigreg_plain)]
+    pairs += [(sketched_sigreg, sketched_sigreg_plain)]
+    for forms, (n, dim) in itertools.product(pairs, [(256, 128), (2048, 128), (2048, 768)]):
         z = torch.randn(n, dim, device=device, requires_grad=True)
         a = random_directions(dim, 1024, seed=0, device=device)
-        forms = [*runs[name], lambda z, a: (z @ a).square().mean()]
-        times = torch.empty(rounds + 1, len(forms))
-        for turn, i in itertools.product(range(rounds + 1), range(len(forms))):
+        sketched = (a,) if forms[0] is sketched_sigreg else ()
+        times = torch.empty(rounds + 1, 3)
+        for turn, i in itertools.product(range(rounds + 1), range(3)):
             start = time.perf_counter()
-            (grad,) = torch.autograd.grad(forms[i](z, a), z)
-            grad.sum().item()  # waits for the GPU
+            value = forms[i](z, *sketched) if i < 2 else (z @ a).square().mean()
+            torch.autograd.grad(value, z)[0].sum().item()  # waits for the GPU
             times[turn, i] = 1e3 * (time.perf_counter() - start)
         it, plain, product = times[1:].median(0).values.tolist()  # the first turn warms up
-        print(f"{name:11}{n:5}{dim:5}{1024:5}{it:10.1f}{plain / it:12.1f}{it / product:14.1f}")
+        name = forms[0].__name__.removesuffix("_sigreg")
+        print(f"{name:11}{n:5}{dim:5}{it:10.1f}{plain / it:12.1f}{it / product:14.1f}")
 
 
 if __name__ == "__main__":
-    benchmark("cpu")
-    if torch.cuda.is_available():
-        benchmark("cuda")
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        benchmark(device)

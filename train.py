@@ -49,9 +49,8 @@ import sigreg
 from masks import multi_block_masks, random_masks
 from model import MLPPredictor, TransformerPredictor, projector, vit
 
+
 # ------------------------------------------------------------ the algorithm: draw, forward, loss
-
-
 def draw(batch, seed, rows, batch_size, crops=(), make_masks=None, colors=None):
     """Views and masks of a step: a pure function of `seed` and of the images.
 
