@@ -160,11 +160,13 @@ def random_masks(
 def write_png(path, picture):
     """picture (H, W, 3) uint8, as an 8-bit RGB file; by hand, as torch writes no pictures."""
     lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in picture)
-    header = b"IHDR" + struct.pack(">2I5B", picture.shape[1], len(picture), 8, 2, 0, 0, 0)
+    chunks = [b"IHDR" + struct.pack(">2I5B", picture.shape[1], len(picture), 8, 2, 0, 0, 0)]
+    chunks += [b"IDAT" + compress(lines, 9), b"IEND"]
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
-        for chunk in (header, b"IDAT" + compress(lines, 9), b"IEND"):
-            file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", crc32(chunk)))
+        file.writelines(
+            struct.pack(">I", len(c) - 4) + c + struct.pack(">I", crc32(c)) for c in chunks
+        )
 
 
 def main(grid=14, count=10, side=8):
