@@ -7,9 +7,8 @@ Masks are patch indices in raster order (row * width + column), int64, rectangul
     context (B, Nc)     the patches that the encoder sees
     targets (B, K, Nt)  K blocks of patches to predict; the context holds none of them
 
-Differences from I-JEPA's collator: scale and aspect ratio are independent draws; contexts longer
-than the batch's common length lose patches at random, not from the bottom of the image; small grids
-return at once. This file needs torch alone.
+Unlike I-JEPA's collator: scale and aspect ratio are independent draws; long contexts lose patches
+at random, not at the image's bottom; small grids return at once. This file needs torch alone.
 """
 
 import math
@@ -17,6 +16,7 @@ import struct
 from zlib import compress, crc32
 
 import torch
+import torch.nn.functional as F
 
 
 def _check(batch_size, grid, num_targets, min_context, target, context, aspect=(1, 1)):
@@ -24,15 +24,14 @@ def _check(batch_size, grid, num_targets, min_context, target, context, aspect=(
     height, width = (grid, grid) if isinstance(grid, int) else grid
     if min(height, width) < 1 or height * width < 2:
         raise ValueError(f"masks.py: grid must hold at least 2 patches, got {grid}")
-    for name, count in (("batch_size", batch_size), ("num_targets", num_targets)):
-        if count < 1:
-            raise ValueError(f"masks.py: {name} must be at least 1, got {count}")
-    if not 0 < min_context <= 1:
-        raise ValueError(f"masks.py: min_context must be above 0 and at most 1, got {min_context}")
+    if min(batch_size, num_targets) < 1:
+        counts = f"batch_size {batch_size} and num_targets {num_targets}"
+        raise ValueError(f"masks.py: {counts} must be at least 1")
     scales = {  # a target as large as the image would leave no context
         "target_scale": (target, 1 - 1e-9, "below 1"),
         "target_aspect": (aspect, 1e9, "finite"),
         "context_scale": (context, 1, "at most 1"),
+        "min_context": ((min_context, min_context), 1, "at most 1"),
     }
     for name, ((low, high), most, meaning) in scales.items():
         if not 0 < low <= high <= most:
@@ -180,9 +179,8 @@ def main(grid=14, count=10, side=8):
         picture = torch.full((count, grid * grid, 3), 50)  # what neither branch sees stays dark
         for colour, patches in zip(colours, [context, *targets.unbind(1)], strict=False):
             picture[torch.arange(count)[:, None], patches] = torch.tensor(colour)
-        picture = picture.view(count, grid, grid, 3)
-        picture = picture.repeat_interleave(side, 1).repeat_interleave(side, 2)
-        picture = torch.nn.functional.pad(picture, (0, 0, side, 0, side, 0), value=255)
+        picture = picture.view(count, grid, grid, 3).repeat_interleave(side, dim=1)
+        picture = F.pad(picture.repeat_interleave(side, 2), (0, 0, side, 0, side, 0), value=255)
         rows.append(torch.cat(picture.unbind(), dim=1))
     write_png("masks.png", torch.cat(rows).to(torch.uint8))
     print("masks.png: context green, targets in other colours, dark is seen by neither")
