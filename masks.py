@@ -24,9 +24,9 @@ def _check(batch_size, grid, num_targets, min_context, target, context, aspect=(
     height, width = (grid, grid) if isinstance(grid, int) else grid
     if min(height, width) < 1 or height * width < 2:
         raise ValueError(f"masks.py: grid must hold at least 2 patches, got {grid}")
-    if min(batch_size, num_targets) < 1:
-        counts = f"batch_size {batch_size} and num_targets {num_targets}"
-        raise ValueError(f"masks.py: {counts} must be at least 1")
+    for name, count in (("batch_size", batch_size), ("num_targets", num_targets)):
+        if count < 1:
+            raise ValueError(f"masks.py: {name} must be at least 1, got {count}")
     scales = {  # a target as large as the image would leave no context
         "target_scale": (target, 1 - 1e-9, "below 1"),
         "target_aspect": (aspect, 1e9, "finite"),
@@ -35,8 +35,8 @@ def _check(batch_size, grid, num_targets, min_context, target, context, aspect=(
     }
     for name, ((low, high), most, meaning) in scales.items():
         if not 0 < low <= high <= most:
-            wanted = f"(low, high) with 0 < low <= high {meaning}"
-            raise ValueError(f"masks.py: {name} must be {wanted}, got {(low, high)}")
+            wanted = f"above 0, ascending and {meaning}, got {low} to {high}"
+            raise ValueError(f"masks.py: {name} must be {wanted}")
     return height, width
 
 

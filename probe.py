@@ -43,9 +43,8 @@ import train
 from sigreg import effective_rank
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 200)
-HEADS = tuple(  # learning rate x weight decay of the linear heads
-    itertools.product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
-)
+RATES, DECAYS = (0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -73,17 +72,14 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=500, work
     device = next(encoder.parameters()).device if encoder else torch.device("cpu")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if len(images) < world:
-        raise ValueError(
-            f"probe.py: {len(images)} images are too few for {world} ranks; take fewer"
-        )
+        raise ValueError(f"probe.py: {len(images)} images are too few for {world} ranks; take less")
     bounds = [len(images) * r // world for r in range(world + 1)]
     first, last = bounds[rank], bounds[rank + 1]
     chunks = [range(at, min(at + batch_size, last)) for at in range(first, last, batch_size)]
     chunks = [[(0, i) for i in chunk] for chunk in chunks]
     rows = len(images) if rank == 0 else last - first
     features, labels, done = None, torch.zeros(rows, dtype=torch.int64), 0
-    loader = train.loader_of(images, workers, batch_sampler=chunks)
-    for views, _, label in train.read(loader):
+    for views, _, label in train.read(images, workers, batch_sampler=chunks):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
         if features is None:
@@ -250,12 +246,12 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
     top1 = score(*fit_heads(train_x, train_y, heads, seed, rest), train_x[held], train_y[held])
     best = max(range(len(heads)), key=top1.__getitem__)
     weight, bias = fit_heads(train_x, train_y, [heads[best]], seed)
-    (rate, decay), held_out = heads[best], top1[best]
+    (rate, decay), held_out = heads[best], round(top1[best], 2)
     protocol = f"lr {rate:g} and weight decay {decay:g} chosen of {len(heads)} by a held-out tenth"
-    result = {"linear": round(score(weight, bias, val_x, val_y)[0], 2), "linear_lr": rate}
-    result |= {"linear_decay": decay, "linear_held_out": round(held_out, 2)}
     protocol += f" of the training images ({held_out:.2f}%)"
-    return result | {"linear_heads": len(heads), "linear_protocol": protocol}
+    result = {"linear": round(score(weight, bias, val_x, val_y)[0], 2), "linear_lr": rate}
+    result |= {"linear_decay": decay, "linear_held_out": held_out, "linear_heads": len(heads)}
+    return result | {"linear_protocol": protocol}
 
 
 def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
@@ -282,17 +278,12 @@ def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
     return {name: round(mean.item(), 2), f"{name}_std": std, f"{name}_protocol": protocol}
 
 
-def frozen_features(encoder, images, options):
-    """extract_features as the options have it."""
-    encoder = None if options.pixels else encoder
-    settings = {"pool": options.pool, "layers": options.layers, "workers": options.workers}
-    return extract_features(encoder, images, **settings, amp=options.amp)
-
-
 def frozen_probes(encoder, train_set, val_set, options, device):
     """Effective rank, k-NN, linear and few-shot of frozen features, on rank 0; {} on the others."""
-    train_x, train_y = frozen_features(encoder, train_set, options)
-    val_x, val_y = frozen_features(encoder, val_set, options)
+    names = ("pool", "layers", "workers", "amp")
+    extract = partial(extract_features, **{name: getattr(options, name) for name in names})
+    encoder = None if options.pixels else encoder
+    (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
     elsewhere = dist.is_initialized() and dist.get_rank() > 0
     # a collective: the other ranks' images are rank 0's by now
     erank = effective_rank(val_x[:0].float() if elsewhere else val_x.float()).item()
@@ -342,48 +333,30 @@ def add_drop_path(blocks, most):
 
 def mixup_or_cutmix(mixup, cutmix, classes):
     """(images, labels) -> the same after mixup or cutmix, by a coin a batch; 0 leaves one out."""
-    choices = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
-    choices = [make(alpha=alpha, num_classes=classes) for make, alpha in choices if alpha > 0]
+    kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    choices = [make(alpha=alpha, num_classes=classes) for make, alpha in kinds if alpha > 0]
     return v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
 
 
-# what a fine-tuning run that is continued must repeat
-REPEATED = "layer_decay drop_path smoothing mixup cutmix lr weight_decay seed"
-
-
-def resume_tuning(path, parts, settings, rank):
-    """The step of the checkpoint at path, whose state is put in place; 0 where there is none."""
-    if not path.exists():
-        return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in settings.items():
-        if saved["settings"].get(name) != value:
-            was = f"was fine-tuned with {name}={saved['settings'].get(name)}"
-            repeat = "repeat that setting or delete the file"
-            sys.exit(f"probe.py: {path} {was}, this command says {value}; {repeat}")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    if rank == 0:
-        print(f"probe.py: {path} continues from step {saved['step']}")
-    return saved["step"]
+TUNED = "epochs steps batch_size lr layer_decay weight_decay drop_path smoothing mixup cutmix"
 
 
 def finetune(encoder, who, train_set, val_set, size, options, path):
     """All weights of a copy of the encoder and a new linear head, trained on the labels.
 
-    Returns `finetune`, top-1 of the last step, on rank 0, and {} on the others. who: what the
-    encoder is, for the checkpoint at path, which is written after each pass and continued when
-    there; train_set, val_set: (image, label) pairs. Under torchrun the batch is split over the
-    ranks.
+    Returns `finetune`, top-1 of the last step, on rank 0, and {} on the others; ranks split the
+    batch. who: what the encoder is, for the checkpoint at path, which is written after each pass
+    and continued when there; train_set, val_set: (image, label) pairs.
     """
-    device, rank = next(encoder.parameters()).device, dist.is_initialized() and dist.get_rank()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    device = next(encoder.parameters()).device
     encoder = copy.deepcopy(encoder).requires_grad_(True).train()
     classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
     head = torch.nn.Linear(encoder.dim, classes, device=device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    settings = {name: getattr(options, name) for name in REPEATED.split()}
-    said = settings | {name: getattr(options, name) for name in ("epochs", "steps", "batch_size")}
+    said = {name: getattr(options, name) for name in TUNED.split()}
+    settings = said | {"seed": options.seed}
     weights = torch.cat([p.detach().double().flatten()[:99].cpu() for p in encoder.parameters()])
     digest = hashlib.sha256(weights.numpy()).hexdigest()[:12]  # not another run's of that name
     settings |= {"encoder": f"{who} {digest}", "size": size, "classes": classes}
@@ -400,11 +373,11 @@ def finetune(encoder, who, train_set, val_set, size, options, path):
 
 
 def tune(encoder, head, train_set, size, options, settings, path, rank):
-    """The loop of finetune. encoder and head are trained in place.
+    """The loop of finetune; encoder and head are trained in place.
 
     AdamW; the rate falls by --layer-decay with each block below the head, warms up over a twentieth
-    of the steps and ends on half a cosine. Crops and flips, mixup or cutmix (a coin for each
-    batch), label smoothing, drop path (ViT).
+    of the steps and ends on half a cosine. Crops, mixup or cutmix (a coin a batch), smoothing, drop
+    path (ViT).
     """
     device, world = head.weight.device, dist.get_world_size() if dist.is_initialized() else 1
     batch = min(options.batch_size, len(train_set)) // world * world
@@ -417,14 +390,14 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
     groups = layer_groups(encoder, head, options.layer_decay, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
     parts = {"encoder": encoder, "head": head, "optimizer": optimizer}
-    first = resume_tuning(path, parts, settings, rank)
+    first = train.resume("probe.py", path, parts, settings, last, rank, world)
     encode, classify = (train.parallel(m, options, device, world) for m in (encoder, head))
     crops = train.Images(train_set, size, num_global=1, scale=0.35, seed=options.seed)
     rows = torch.arange(batch).tensor_split(world)[rank]
     shares = train.batches(len(train_set), batch, first, last, options.seed, rows)
     mix = mixup_or_cutmix(options.mixup, options.cutmix, settings["classes"])
-    loader = train.loader_of(crops, options.workers, batch_sampler=shares)
-    for step, (views, _, labels) in enumerate(train.read(loader), first + 1):
+    loader = train.read(crops, options.workers, batch_sampler=shares)
+    for step, (views, _, labels) in enumerate(loader, first + 1):
         torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # mixes and drop path
         images, labels = mix(train.normalize(views[:, 0].to(device) / 255), labels.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
@@ -440,7 +413,7 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
             print(f"fine-tuning {step}/{last}  loss {loss.item():.4f}", flush=True)
         if rank == 0 and (step % per_pass == 0 or step == last):
             state = {name: part.state_dict() for name, part in parts.items()}
-            train.save(state | {"step": step, "settings": settings}, path, "probe.py")
+            train.save(state | {"step": step, "args": settings}, path, "probe.py")
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -460,20 +433,9 @@ def pca_picture(encoder, images, side):
     low, high = (x.sort(0).values[int(q * (len(x) - 1))] for q in (0.01, 0.99))
     grid = images.shape[-1] // encoder.patch_size
     colours = ((x - low) / (high - low)).clamp(0, 1).view(len(images), grid, grid, 3)
-    parts = images, colours.permute(0, 3, 1, 2)
-    both = [F.interpolate(part, (side, side), mode="nearest") for part in parts]
+    both = [F.interpolate(x, (side, side)) for x in (images, colours.permute(0, 3, 1, 2))]
     sheet = torch.stack(both, dim=1).flatten(0, 1).cpu()  # (2 B, 3, side, side)
     return make_grid(sheet, nrow=4, padding=4, pad_value=1)
-
-
-def draw_pca(encoder, who, source, size, path, device):
-    """Writes pca_picture of 8 validation images, evenly through the split."""
-    images = train.Images(source, 4 * size)
-    chosen = torch.linspace(0, len(source) - 1, 8).long().tolist()
-    images = torch.cat([images[0, i][0] for i in chosen]).to(device) / 255
-    save_image(pca_picture(encoder, images, max(4 * size, 128)), path)
-    says = f"8 validation images at {4 * size} px and their patch tokens' principal components"
-    print(f"{path}: {says}, {who}")
 
 
 # --------------------------------------------------------------------------- export, options, main
@@ -551,9 +513,8 @@ def parse_args(argv=None):
     )
     parser.add_argument("ckpt", help="a checkpoint of train.py")
     parser.add_argument("--data", nargs="+", help="data sets as in train.py [the checkpoint's]")
-    parser.add_argument(
-        "--shots", type=int, nargs="+", default=[], help="also so many labels a class"
-    )
+    more = {"help": "also with so many labels a class", "default": []}
+    parser.add_argument("--shots", type=int, nargs="+", **more)
     train.add_options(parser, OPTIONS)
     options = parser.parse_args(argv)
     train.check_options("probe.py", options, OPTIONS)
@@ -578,14 +539,10 @@ def load_encoder(options, checkpoint):
     torch.manual_seed(args["seed"])
     encoder = train.build_encoder(name, args["image_size"])
     is_vit = hasattr(encoder, "blocks")
-    wants = (
-        (options.pool != "avg", f"--pool {options.pool}", "CLS token"),
-        (options.layers > 1, "--layers", "blocks of one width"),
-        (options.pca, "--pca", "patch tokens"),
-    )
-    for asked, flag, missing in wants:
+    wants = {f"--pool {options.pool}": options.pool != "avg", "--layers": options.layers > 1}
+    for flag, asked in (wants | {"--pca": options.pca}).items():
         if asked and not is_vit:
-            sys.exit(f"probe.py: {flag} needs a ViT and {name} has no {missing}; leave it out")
+            sys.exit(f"probe.py: {flag} needs a ViT's tokens; leave it out for {name}")
     if is_vit and options.layers > len(encoder.blocks):
         has = f"{name} has {len(encoder.blocks)} blocks"
         sys.exit(f"probe.py: --layers {options.layers}, but {has}")
@@ -611,8 +568,8 @@ def open_splits(data, root, seed, size):
 def show(result, about):
     """A line a number, with what it is about and its protocol."""
     for name in [name for name in result if f"{name}_protocol" in result]:
-        unit = "" if name == "erank" else "%"
-        print(f"{name} {result[name]:.2f}{unit}  |  {about}, {result[f'{name}_protocol']}")
+        unit, protocol = "" if name == "erank" else "%", result[f"{name}_protocol"]
+        print(f"{name} {result[name]:.2f}{unit}  |  {about}, {protocol}")
 
 
 def summarize(results):
@@ -630,7 +587,11 @@ def summarize(results):
 def run(encoder, who, data, sources, size, options, device):
     """What the options ask for on one data set: pictures, fine-tuning, or the frozen probes."""
     if options.pca and not (dist.is_initialized() and dist.get_rank()):
-        draw_pca(encoder, who, sources[1], size, options.pca, device)
+        images = train.Images(sources[1], 4 * size)
+        chosen = torch.linspace(0, len(images) - 1, 8).long().tolist()
+        chosen = torch.cat([images[0, i][0] for i in chosen]).to(device) / 255
+        save_image(pca_picture(encoder, chosen, max(4 * size, 128)), options.pca)
+        print(f"{options.pca}: 8 validation images at {4 * size} px, components of tokens, {who}")
     if options.finetune:
         path, untrained = Path(options.ckpt), "-untrained" * options.untrained
         path = path.with_name(f"{path.stem}.finetune{untrained}-{Path(data).name}.pt")
@@ -654,17 +615,15 @@ def main(argv=None):
         if options.export and rank == 0:
             export(encoder, options.export)
         results = []
-        own = [args["data"]]
-        if options.export and not (options.finetune or options.pca):
-            own = []
-        for data in options.data or own:
+        export_alone = options.export and not (options.finetune or options.pca)
+        for data in options.data or [args["data"]] * (not export_alone):
             sources = open_splits(data, options.data_root, args["seed"], size)
             found = run(encoder, who, data, sources, size, options, device)
             if found and rank == 0:
                 about = {"ckpt": options.ckpt, "data": data, "model": model, "step": step}
-                about |= {"image_size": size, "pool": options.pool, "layers": options.layers}
-                about |= {"untrained": options.untrained, "pixels": options.pixels}
-                about |= {"train": len(sources[0]), "val": len(sources[1]), "seed": options.seed}
+                names = ("image_size", "pool", "layers", "untrained", "pixels", "seed")
+                about |= {name: getattr(options, name) for name in names}
+                about |= {"train": len(sources[0]), "val": len(sources[1])}
                 about |= {"commit": commit(), "torch": torch.__version__}
                 of = f"{about['train']:,} training, {about['val']:,} validation images at {size} px"
                 features = f"{options.pool} pooling, last {options.layers} layers"

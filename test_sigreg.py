@@ -1065,7 +1065,7 @@ def test_finetuning_resumes_bit_by_bit(trained, tmp_path, capsys, monkeypatch, f
         run_probe(capsys, tmp_path / "cut.pt", *arguments)
     monkeypatch.setattr(train, "learning_rate", honest)
     saved = torch.load(tmp_path / "cut.finetune-shapes.pt", weights_only=True)
-    assert saved["step"] == 3 and saved["settings"]["last"] == 9
+    assert saved["step"] == 3 and saved["args"]["last"] == 9
     cut = run_probe(capsys, tmp_path / "cut.pt", *arguments)
     assert cut["finetune"] == whole["finetune"]
     a, b = (
@@ -1543,15 +1543,14 @@ def step_gradients(arguments, size, dtype, world=1, rank=0):
     modules = [m.to(dtype) for m in (encoder, predictor)]
     if world > 1:
         modules = [DistributedDataParallel(m) for m in modules]
-    forward, loss_of = train.recipe(args, *modules, torch.device("cpu"))
+    settings, forward, loss_of = train.recipe(args, encoder, *modules, torch.device("cpu"))
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]
     images = torch.utils.data.Subset(train.Shapes(32), rows.tolist())
     whole = train.hold(images, 0, torch.device("cpu"))
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
-    settings = train.draw_settings(args, encoder, crops)
 
     def draw(images, some):
-        views, masks = train.draw([images], 5, some, **settings)
+        views, masks = train.draw([images], 5, some, crops=crops, **settings)
         return [view.to(dtype) for view in views], masks
 
     parts = zip(whole.split(size), rows.split(size), strict=True)

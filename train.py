@@ -7,8 +7,7 @@
     torchrun --nproc_per_node=8 train.py --data /data/imagenet --model vit_b16          # 8 GPUs
 
 --recipe masked (A): encode a context and target blocks of the image, predict the targets' patches.
---recipe crops (B): encode global and local crops, project, draw all views to the mean of the
-global.
+--recipe crops (B): encode global and local crops, project, draw all to the mean of the global ones.
 
 The algorithm comes first: draw -> forward -> loss, and the loop, common to both recipes; then data,
 checkpoint, defaults and command line. The same command again continues from its checkpoint. Beside
@@ -16,9 +15,8 @@ ckpt.pt, ckpt.jsonl holds the command line, then one JSON object a logged step.
 
 Everything random is a pure function of the seed and of the step, epoch or image number: a resumed
 run repeats the uninterrupted one, and the number of ranks changes rounding only. The batch, its
-masks and SIGReg's statistic are global (so is the projector's batch norm on GPUs: torch
-synchronizes it there only). B is this rank's share of the batch; sigreg.py explains the other
-symbols.
+masks and SIGReg's statistic are global (the projector's batch norm on GPUs only, as torch has it).
+B is the number of images of this rank's share of the batch; sigreg.py explains the other symbols.
 """
 
 import argparse
@@ -28,7 +26,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
 import sys
 import time
@@ -51,31 +48,30 @@ from model import MLPPredictor, TransformerPredictor, projector, vit
 
 
 # ------------------------------------------------------------ the algorithm: draw, forward, loss
-def draw(batch, seed, rows, batch_size, crops=(), make_masks=None, colors=None):
+def draw(batch, seed, share, batch_size, crops=(), make_masks=None, colors=None):
     """Views and masks of a step: a pure function of `seed` and of the images.
 
-    batch: uint8, what the loader gives of this rank's images, the `rows` (B,) of the global batch:
-    (B, V, 3, S, S) and (B, L, 3, s, s), crops, or small images as they are, (B, 3, H, W), with
-    crops: (count, side, least and most share of the image) of each kind to take. make_masks:
-    generator -> (context, targets), for the global batch or one for all images; colors: (p of blur,
-    p of solarize), or None. Every rank draws for the whole batch and takes its rows, so any number
-    of ranks sees the same. Returns
+    batch: uint8, what the loader gives of this rank's images, which are the `share` (B,), indices
+    into the global batch: global crops (B, V, 3, S, S) and local ones (B, L, 3, s, s), or small
+    images as they are, (B, 3, H, W), with crops: (count, size, least and most share of the image)
+    of each kind to take. make_masks: generator -> (context, targets), for the global batch or one
+    for all images; colors: (p of blur, p of solarize), or None. Every rank draws for the whole
+    batch and takes its share: any number of ranks sees the same. Returns
 
-    views: V + L of (B, 3, side, side), normalised; with masks, one for context and one for targets;
+    views: V + L of (B, 3, size, size), normalised; with masks, one for context, one for targets;
     masks: context (B, Nc) and targets (B, K, Nt), or None.
     """
     device, generator = batch[0].device, torch.Generator().manual_seed(seed)
     views, masks = [], None
-    for count, side, *scale in crops:
-        draws = torch.rand(count, batch_size, 23, generator=generator)[:, rows]
-        views += [resized_crop(batch[0] / 255, send(u, device), side, scale) for u in draws]
+    for count, size, *scale in crops:
+        draws = torch.rand(count, batch_size, 23, generator=generator)[:, share]
+        views += [resized_crop(batch[0] / 255, send(u, device), size, scale) for u in draws]
     views = views or [view / 255 for part in batch for view in part.unbind(1)]
     if make_masks:
-        masks = make_masks(generator=generator)
-        masks = [send(m[rows % len(m)], device) for m in masks]
+        masks = [send(m[share % len(m)], device) for m in make_masks(generator=generator)]
         views = [*views, *views]
     if colors:
-        draws = send(torch.rand(len(views), batch_size, 9, generator=generator)[:, rows], device)
+        draws = send(torch.rand(len(views), batch_size, 9, generator=generator)[:, share], device)
         views = [photometric(view, u, *colors) for view, u in zip(views, draws, strict=True)]
     return [normalize(view) for view in views], masks
 
@@ -129,46 +125,42 @@ def learning_rate(step, last, lr, warmup=0, schedule="constant"):
     return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
 
 
-def mask_maker(args, grid, count):
+def masks_of(args, grid, count):
     """The masks that the flags ask for, `count` of them, as a function of the generator."""
     make = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
     context = {"min_context": args.min_context}
     return partial(make, count, grid, args.num_targets, args.target_scale, **context)
 
 
-def recipe(args, encode, predict, device):
-    """forward: (views, masks) -> embeddings, and their loss, by --recipe and its flags."""
+def recipe(args, encoder, encode, predict, device):
+    """By --recipe: what draw takes, forward: (views, masks) -> embeddings, and their loss."""
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
-    if args.recipe == "crops":
-        settings = {"num_global": args.global_views, "lam": args.lam}
-        loss = partial(crops_loss, project=autocast(lambda y: predict(y)), **settings)
-        return autocast(partial(crops_forward, encode, args.global_views)), loss
-    settings = {"relative": args.pred == "relative", "on": args.sigreg_on, "lam": args.lam}
-    loss = partial(sigreg.masked_loss, **settings)
-    return autocast(partial(masked_forward, encode, predict)), loss
-
-
-def draw_settings(args, encoder, crops):
-    """What draw takes beside the batch and the seed."""
-    settings = {"batch_size": args.batch_size, "crops": crops}
+    settings = {"batch_size": args.batch_size}
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops, none for masked
         settings["colors"] = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
-    if args.recipe == "masked":
+    if args.recipe == "crops":
+        forward = partial(crops_forward, encode, args.global_views)
+        project, views = autocast(lambda y: predict(y)), args.global_views
+        loss = partial(crops_loss, project=project, num_global=views, lam=args.lam)
+    else:
         count = args.batch_size if args.masks_per == "image" else 1
-        settings["make_masks"] = mask_maker(args, encoder.grid, count)
-    return settings
+        settings["make_masks"] = masks_of(args, encoder.grid, count)
+        forward, relative = partial(masked_forward, encode, predict), args.pred == "relative"
+        loss = partial(sigreg.masked_loss, lam=args.lam, relative=relative, on=args.sigreg_on)
+    return settings, autocast(forward), loss
 
 
 @torch.no_grad()
 def diagnostics(args, embeddings):
     """Effective rank and standard deviation over all ranks, so call it on each: of each image's
-    mean token, or of its global crops' features before the projector."""
+    mean token, or of its global crops' features before the projector. On GPUs the peak memory."""
     if args.recipe == "masked":
         pooled = sigreg.pool(*embeddings[:2])  # (B, D)
     else:
         pooled = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B V, width)
     erank, std = sigreg.effective_rank(pooled), sigreg.embedding_std(pooled)
-    return {"erank": erank.item(), "std": std.item()}
+    peak = {"gb": torch.cuda.max_memory_allocated() / 2**30} if pooled.is_cuda else {}
+    return {"erank": erank.item(), "std": std.item()} | peak
 
 
 # ------------------------------------------------ draw and forward, `--micro-batch` images at once
@@ -212,25 +204,27 @@ def train(args, train_set, device, rank, world):
     encoder, predictor, optimizer = build(args, device)
     per_epoch = len(train_set) // args.batch_size
     last, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    first = resume(args, encoder, predictor, optimizer, last, rank, world)
+    state = dict(zip(PARTS, (encoder, predictor, optimizer), strict=True))
+    same = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE.split()}
+    first = resume("train.py", Path(args.ckpt), state, same, last, rank, world)
     if first >= last:
         return
-    rows = torch.arange(args.batch_size).tensor_split(world)[rank]
-    steps = batches(len(train_set), args.batch_size, first, last, args.seed, rows)
+    share = torch.arange(args.batch_size).tensor_split(world)[rank]
+    steps = batches(len(train_set), args.batch_size, first, last, args.seed, share)
     loader, crops = load(args, train_set, steps, device)
-    settings = draw_settings(args, encoder, crops)
-    at_once = images_at_once(args, encoder, len(rows), device)
+    at_once = images_at_once(args, encoder, len(share), device)
     modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
-    forward, loss_of = recipe(args, *modules, device)
+    settings, forward, loss_of = recipe(args, encoder, *modules, device)
+    draw_some = partial(draw, crops=crops, **settings)
     writer, pool = start_log(args, first, rank), ThreadPoolExecutor(1)
     healthy, written = torch.ones((), dtype=torch.bool, device=device), None
     logged, start, waited, ready = first, time.perf_counter(), 0.0, time.perf_counter()
-    with signals() as caught:
+    with signals(world) as caught:
         for step, batch in enumerate(loader, first + 1):
             waited += time.perf_counter() - ready
             seed = args.seed * 100_003 + step
-            parts = zip(rows.split(at_once), *(x.split(at_once) for x in batch), strict=True)
-            pieces = [partial(draw, part, seed, mine, **settings) for mine, *part in parts]
+            parts = zip(share.split(at_once), *(x.split(at_once) for x in batch), strict=True)
+            pieces = [partial(draw_some, part, seed, some) for some, *part in parts]
             embeddings = first_pass(forward, pieces, seed * 1000)
             regularizer = make_regularizer(args.sigreg, args.slices, seed)
             loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
@@ -242,7 +236,7 @@ def train(args, train_set, device, rank, world):
             optimizer.step()
             optimizer.zero_grad()
             healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
-            stop_now = any_rank(caught, world)
+            stop_now = caught()
             log_now = step % args.log_every == 0 or step == last
             save_now = step % args.save_every == 0 or step == last or stop_now
             if log_now or save_now:
@@ -250,16 +244,14 @@ def train(args, train_set, device, rank, world):
             if log_now:
                 row = {"step": step, "epoch": (step - 1) // per_epoch, "loss": loss.item()}
                 row |= {"pred": pred.item(), args.sigreg: reg.item()}
-                row |= diagnostics(args, embeddings)
+                row |= diagnostics(args, embeddings) | {"lr": group["lr"]}
                 seconds = time.perf_counter() - start
-                speed = round((step - logged) * args.batch_size / seconds, 1)
-                wait = round(waited / seconds, 3)
-                row |= {"lr": group["lr"], "images_per_s": speed, "wait": wait}
-                write_log(args, row, last, encoder.dim, device, writer, rank)
+                speed = (step - logged) * args.batch_size / seconds
+                row |= {"images_per_s": round(speed, 1), "wait": round(waited / seconds, 3)}
+                write_log(args, row, last, rank, writer)
                 logged, start, waited = step, time.perf_counter(), 0.0
             if save_now and rank == 0:
-                parts = {"encoder": encoder, "predictor": predictor, "optimizer": optimizer}
-                written = store(written, pool, parts, {"step": step, "args": vars(args)})
+                written = store(written, pool, state, {"step": step, "args": vars(args)})
             if stop_now:
                 break
             ready = time.perf_counter()
@@ -270,8 +262,6 @@ def train(args, train_set, device, rank, world):
 
 
 # ------------------------------------------------------- what the loop is made of, and its log
-
-
 BACKBONES = (  # torchvision's families whose classifiers take any image size, (B, classes) out
     "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg|wide_resnet"
 )
@@ -300,7 +290,7 @@ def build_encoder(name, image_size):
 
 def embed(features):
     """What is probed: the mean patch token of tokens (B, 1 + P, D); features (B, D) as they are."""
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features = sigreg.wide(features)
     return features[:, 1:].mean(1) if features.ndim == 3 else features
 
 
@@ -316,20 +306,19 @@ def build(args, device):
             reason = f"--recipe masked needs patch tokens and {args.model} has none"
             raise ValueError(f"train.py: {reason}; {wanted}")
         else:
-            mask_maker(args, encoder.grid, 1)()  # ValueError where the settings are impossible
+            masks_of(args, encoder.grid, 1)()  # ValueError where the settings are impossible
             make = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor]
             predictor = make(encoder.dim, encoder.grid**2)
     except ValueError as error:
         sys.exit(str(error))
-    groups = {True: [], False: []}
+    on_gpu, groups = device.type == "cuda", ([], [])
     for module in (encoder.to(device), predictor.to(device)):
         for name, p in module.named_parameters():
             groups[name.endswith("weight") and p.ndim >= 2].append(p)
-    decay = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
-    if device.type == "cuda" and not hasattr(encoder, "blocks"):
+    groups = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}]
+    if on_gpu and not hasattr(encoder, "blocks"):
         encoder.to(memory_format=torch.channels_last)
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(decay, args.lr, weight_decay=args.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
     return encoder, predictor, optimizer
 
 
@@ -393,27 +382,19 @@ def start_log(args, first, rank):
     return SummaryWriter(Path(args.ckpt).with_suffix(".tb"), purge_step=first + 1)
 
 
-def write_log(args, row, last, width, device, writer, rank):
+def write_log(args, row, last, rank, writer):
     """One logged step: a line on the screen, a JSON object in ckpt.jsonl, points in TensorBoard."""
     if rank:
         return
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # it is bytes on macOS
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak
-    speed = row["images_per_s"]
-    left = datetime.timedelta(seconds=int((last - row["step"]) * args.batch_size / speed))
-    print(
-        f"step {row['step']}/{last}  epoch {row['epoch']}  loss {row['loss']:.4f}  "
-        f"pred {row['pred']:.4f}  {args.sigreg} {row[args.sigreg]:.4f}  "
-        f"erank {row['erank']:.1f}/{width}  std {row['std']:.3f}  {speed:.0f} img/s  "
-        f"wait {row['wait']:.0%}  {memory / 2**30:.1f} GB  eta {left}",
-        flush=True,
-    )
     with Path(args.ckpt).with_suffix(".jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     for key, value in row.items():
         if writer and key != "step":
             writer.add_scalar(key, value, row["step"])
+    left = (last - row["step"]) * args.batch_size / row["images_per_s"]
+    numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
+    eta = datetime.timedelta(seconds=int(left))
+    print("  ".join([f"step {row['step']}/{last}", *numbers, f"eta {eta}"]), flush=True)
 
 
 @contextmanager
@@ -447,23 +428,21 @@ def ranks(script, device):
 
 
 @contextmanager
-def signals():
-    """A list that SIGTERM, SIGUSR1 and Ctrl-C are added to, for the loop to end after its step."""
-    caught, names = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.signal(name, lambda number, _: caught.append(number)) for name in names]
+def signals(world):
+    """Yields a function, called by all: has a rank caught SIGTERM, SIGUSR1 or Ctrl-C by now?"""
+    caught, names = torch.tensor(0), (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.signal(name, lambda number, _: caught.fill_(1)) for name in names]
+
+    def any_rank():
+        if world > 1:
+            dist.all_reduce(caught, dist.ReduceOp.MAX)
+        return bool(caught)
+
     try:
-        yield caught
+        yield any_rank
     finally:
         for name, handler in zip(names, before, strict=True):
             signal.signal(name, handler)
-
-
-def any_rank(caught, world):
-    """Whether any rank caught a signal, agreed on by all."""
-    number = torch.tensor(len(caught))
-    if world > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return bool(number)
 
 
 @contextmanager
@@ -563,17 +542,19 @@ def read_image(path):
         raise OSError(message) from None
 
 
-def open_data(data, root, split, seed=0, image_size=32):
-    """The `train` or `val` split of --data as (PIL image or uint8 array, label) pairs.
+def to_array(image):
+    """PIL image -> uint8 (H, W, 3)."""
+    return np.array(image.convert("RGB"))
 
-    Exits in one line if it is not there.
-    """
+
+def open_data(data, root, split, seed=0, image_size=32):
+    """The `train` or `val` split of --data, (uint8 array (H, W, 3), label) pairs, or an exit."""
     if data == "shapes":
         return Shapes(image_size, seed, split)
     if data in DATASETS:
         make, *arguments = DATASETS[data]
         try:
-            return make(root, **arguments[split == "val"], download=True)
+            return make(root, **arguments[split == "val"], download=True, transform=to_array)
         except (OSError, RuntimeError, ImportError) as error:  # no network, no room, no scipy ...
             sys.exit(f"train.py: --data {data} is not in {root} and cannot be had: {error}")
     folder = Path(data)
@@ -584,7 +565,7 @@ def open_data(data, root, split, seed=0, image_size=32):
         wanted = f"{folder}/{split}/<class>/<image files>"
         sys.exit(f"train.py: {folder} has no {split}/ folder; expected {wanted}")
     try:
-        return datasets.ImageFolder(folder / split, loader=read_image)
+        return datasets.ImageFolder(folder / split, to_array, loader=read_image)
     except FileNotFoundError as error:  # no class folder, or one without images
         sys.exit(f"train.py: {folder / split}: {str(error).splitlines()[0]}")
 
@@ -600,9 +581,7 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, source, size, num_global=0, num_local=0, local_size=1, scale=0.3, seed=0):
         self.source, self.seed, self.local_size = source, seed, local_size
         self.num_global, self.num_local, flip = num_global, num_local, v2.RandomHorizontalFlip()
-        self.resize = v2.Compose(
-            [v2.Resize(size), v2.CenterCrop(size)] if size else [v2.Identity()]
-        )
+        self.resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
         self.crop = v2.Compose([v2.RandomResizedCrop(size, (scale, 1)), flip])
         self.local_crop = v2.Compose([v2.RandomResizedCrop(local_size, (0.05, scale)), flip])
 
@@ -612,7 +591,6 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.source[index]
-        image = image if isinstance(image, np.ndarray) else image.convert("RGB")
         image = v2.functional.to_image(image)
         local = [image.new_empty(0, 3, self.local_size, self.local_size)]
         if not self.num_global:
@@ -626,12 +604,11 @@ class Images(torch.utils.data.Dataset):
         return views, torch.cat(local), label
 
 
-def resized_crop(x, u, side, scale):
+def resized_crop(x, u, size, scale):
     """torchvision's RandomResizedCrop and flip, each image by draws of its own, on x's device.
 
-    x (B, 3, H, W) float, u (B, 23) uniform draws in [0, 1), scale: least and most share of the
-    image
-    -> (B, 3, side, side). An antialiased bilinear resize is linear in rows and columns: two small
+    x (B, 3, H, W) float, u (B, 23) uniform draws in [0, 1), scale: least, most share of the image
+    -> (B, 3, size, size). An antialiased bilinear resize is linear in rows and columns: two small
     matrix products. Of ten boxes the first that fits counts.
     """
     area = x.shape[2] * x.shape[3] * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
@@ -643,8 +620,8 @@ def resized_crop(x, u, side, scale):
     width = width.gather(1, first).clamp(1, x.shape[3])
     top = (u[:, 20:21] * (x.shape[2] - height + 1)).floor()
     left = (u[:, 21:22] * (x.shape[3] - width + 1)).floor()
-    rows = resize_weights(top, height, x.shape[2], side)
-    columns = resize_weights(left, width, x.shape[3], side)
+    rows = resize_weights(top, height, x.shape[2], size)
+    columns = resize_weights(left, width, x.shape[3], size)
     columns = torch.where(u[:, 22:, None] < 0.5, columns.flip(1), columns)
     return rows[:, None] @ x @ columns.transpose(1, 2)[:, None]
 
@@ -663,17 +640,13 @@ YIQ = np.array([[0.2989, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.
 # a turn of the hue by an angle: HUE[0] + cos HUE[1] + sin HUE[2], all on RGB
 TURNS = np.diag([1, 0, 0]), np.diag([0, 1, 1]), np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]])
 HUE = np.stack([np.linalg.inv(YIQ) @ turn @ YIQ for turn in TURNS])
-MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+MEAN_STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # ImageNet's
 
 
 @cache
 def constant(name, device):
     """One of the tables above on the device, made once: a copy from the host waits for the GPU."""
-    table = {
-        "luma": YIQ[0][:, None, None],
-        "hue": HUE,
-        "normal": np.array(MEAN_STD)[..., None, None],
-    }
+    table = {"luma": YIQ[0][:, None, None], "hue": HUE, "normal": MEAN_STD[..., None, None]}
     return torch.tensor(table[name], dtype=torch.float32, device=device)
 
 
@@ -755,7 +728,7 @@ def load(args, train_set, steps, device):
     views = {f"num_{name}": kind[0] for name, kind in zip(("global", "local"), kinds, strict=False)}
     images = Images(train_set, args.image_size, **views, local_size=args.local_size, seed=args.seed)
     pin = device.type == "cuda"
-    loader = read(loader_of(images, args.workers, batch_sampler=steps, pin_memory=pin))
+    loader = read(images, args.workers, batch_sampler=steps, pin_memory=pin)
     return ([x.to(device, non_blocking=True) for x in parts[:2]] for parts in loader), ()
 
 
@@ -764,7 +737,7 @@ def hold(data, workers, device):
     if shorter_side(data) > 96 or len(data) * 3 * 96**2 > 2**33:
         return None
     try:
-        parts = list(read(loader_of(data, workers, batch_size=500, collate_fn=stack)))
+        parts = list(read(data, workers, batch_size=500, collate_fn=stack))
         return torch.cat(parts).to(device)
     except (RuntimeError, ValueError):  # torch.cat's and np.stack's, where sizes differ
         return None
@@ -772,32 +745,28 @@ def hold(data, workers, device):
 
 def stack(items):
     """(image, label) pairs -> uint8 (B, 3, H, W)."""
-    images = (i if isinstance(i, np.ndarray) else i.convert("RGB") for i, _ in items)
-    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([image for image, _ in items])).permute(0, 3, 1, 2)
 
 
-def loader_of(data, workers, **options):
-    """A DataLoader whose processes leave Ctrl-C to the main one."""
+def read(data, workers, **options):
+    """A DataLoader's batches; an unreadable image ends the program with its one line."""
     options |= {"num_workers": workers, "worker_init_fn": leave_interrupts}
-    return torch.utils.data.DataLoader(data, **options)
+    try:
+        yield from torch.utils.data.DataLoader(data, **options)
+    except OSError as error:  # of a worker: its traceback, then the line
+        sys.exit(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
 
 
 def leave_interrupts(worker):
+    """Ctrl-C is the main process's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def read(loader):
-    """The loader's batches; an unreadable image ends the program with its one line."""
-    try:
-        yield from loader
-    except OSError as error:  # of a worker: its traceback, then the line
-        sys.exit(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
 
 
 # -------------------------------------------------------------------------------------- checkpoint
 
 # what may differ between the run that wrote a checkpoint and the one that continues it
 MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
+PARTS = ("encoder", "predictor", "optimizer")
 
 
 def on_host(state):
@@ -829,8 +798,8 @@ def save(state, path, script):
         sys.exit(f"{script}: cannot write {path}, its last save is whole; make room ({why})")
 
 
-def load_checkpoint(path):
-    """The dictionary that train.py saved; plain values only: a pickle that runs code is refused."""
+def load_checkpoint(path, parts=PARTS):
+    """The dictionary that was saved; plain values only: a pickle that runs code is refused."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -838,43 +807,41 @@ def load_checkpoint(path):
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         what = f"truncated or not a checkpoint of train.py ({type(error).__name__})"
         sys.exit(f"train.py: {path} is {what}; delete it or choose another --ckpt")
-    parts = {"encoder", "predictor", "optimizer", "step", "args"}
-    if not isinstance(saved, dict) or not parts <= saved.keys():
+    if not isinstance(saved, dict) or not {*parts, "step", "args"} <= saved.keys():
         sys.exit(f"train.py: {path} is not a checkpoint of train.py; choose another --ckpt")
     return saved
 
 
-def resume(args, encoder, predictor, optimizer, last, rank, world):
-    """The step of the checkpoint, whose state is put in place; 0 where there is none.
+def resume(script, path, parts, settings, last, rank, world):
+    """The step of the checkpoint, whose state is put into `parts`; 0 where there is none.
 
     Whichever rank has the newest reads it and sends it to all: nodes need not share a disk. Exits
-    where it was trained with other settings, and where its folder does not exist.
+    where it was made with other settings, and where its folder does not exist.
     """
-    path = Path(args.ckpt)
     if not path.absolute().parent.is_dir():
-        sys.exit(f"train.py: --ckpt {path}: no such folder {path.absolute().parent}")
+        sys.exit(f"{script}: --ckpt {path}: no such folder {path.absolute().parent}")
     written = torch.zeros(world, dtype=torch.float64)
     written[rank] = path.stat().st_mtime if path.exists() else 0
     if world > 1:
         dist.all_reduce(written)
     source = int(written.argmax())
-    found = [load_checkpoint(path) if rank == source and written[rank] else None]
+    found = [load_checkpoint(path, parts) if rank == source and written[rank] else None]
     if world > 1:
         dist.broadcast_object_list(found, src=source, device=torch.device("cpu"))
     saved = found[0]
     if saved is None:
         return 0
-    for name, value in vars(args).items():
-        if name not in MAY_CHANGE.split() and saved["args"].get(name) != value:
+    for name, value in settings.items():
+        if saved["args"].get(name) != value:
             was = f"{path} was trained with {name}={saved['args'].get(name)}"
-            repeat = "repeat that setting or choose another --ckpt"
-            sys.exit(f"train.py: {was}, this command says {value}; {repeat}")
-    for module, name in ((encoder, "encoder"), (predictor, "predictor"), (optimizer, "optimizer")):
-        module.load_state_dict(saved[name])
-    step, then = saved["step"], f"finished: {last} steps; next: python probe.py {path}"
+            repeat = "repeat that setting or choose another file"
+            sys.exit(f"{script}: {was}, this command says {value}; {repeat}")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    step = saved["step"]
+    says = f"continues from step {step}" if step < last else f"is finished: {step} steps"
     if rank == 0:
-        says = f"is {then}" if step >= last else f"continues from step {step}"
-        print(f"train.py: {path} {says}")
+        print(f"{script}: {path} {says}")
     return step
 
 
@@ -949,8 +916,7 @@ def patch_size(model, side):
 
 def shorter_side(data):
     """Pixels of the shorter side of the first image."""
-    image = next(read(data))[0]
-    return min(image.shape[:2] if isinstance(image, np.ndarray) else image.size)
+    return min(next(read(data, 0, batch_size=1, collate_fn=stack)).shape[2:])
 
 
 # fmt: off
