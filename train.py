@@ -63,10 +63,11 @@ def draw(batch, seed, share, batch_size, crops=(), make_masks=None, colors=None)
     """
     device, generator = batch[0].device, torch.Generator().manual_seed(seed)
     views, masks = [], None
+    images = [part / 255 for part in batch]
     for count, size, *scale in crops:
         draws = torch.rand(count, batch_size, 23, generator=generator)[:, share]
-        views += [resized_crop(batch[0] / 255, send(u, device), size, scale) for u in draws]
-    views = views or [view / 255 for part in batch for view in part.unbind(1)]
+        views += [resized_crop(images[0], send(u, device), size, scale) for u in draws]
+    views = views or [view for part in images for view in part.unbind(1)]
     if make_masks:
         masks = [send(m[share % len(m)], device) for m in make_masks(generator=generator)]
         views = [*views, *views]
@@ -184,8 +185,8 @@ def first_pass(forward, pieces, seed):
     return [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
 
 
-def second_pass(forward, pieces, seed, embeddings, modules):
-    """Repeats the pieces and back-propagates embeddings' gradients; ranks reduce in the last."""
+def second_pass(forward, pieces, seed, gradients, modules):
+    """Repeats the pieces, back-propagates the embeddings' gradients; ranks reduce in the last."""
     start = 0
     for i, piece in enumerate(pieces):
         torch.manual_seed(seed + i)
@@ -195,7 +196,7 @@ def second_pass(forward, pieces, seed, embeddings, modules):
                     stack.enter_context(getattr(module, "no_sync", nullcontext)())
             parts = forward(*piece())
             end = start + len(parts[0])
-            torch.autograd.backward(parts, [z.grad[start:end] for z in embeddings])
+            torch.autograd.backward(parts, [z[start:end] for z in gradients])
         start = end
 
 
@@ -229,7 +230,11 @@ def train(args, train_set, device, rank, world):
             regularizer = make_regularizer(args.sigreg, args.slices, seed)
             loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
             loss.backward()
+            loss, pred, reg = loss.detach(), pred.detach(), reg.detach()  # lets the graph go
+            log_now = step % args.log_every == 0 or step == last
+            measured = diagnostics(args, embeddings) if log_now else {}
             if len(pieces) > 1:
+                embeddings = [z.grad for z in embeddings]  # all that the second pass needs
                 second_pass(forward, pieces, seed * 1000, embeddings, modules)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
@@ -237,14 +242,13 @@ def train(args, train_set, device, rank, world):
             optimizer.zero_grad()
             healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
             stop_now = caught()
-            log_now = step % args.log_every == 0 or step == last
             save_now = step % args.save_every == 0 or step == last or stop_now
             if log_now or save_now:
                 check_health(healthy, encoder, predictor, step, args.ckpt)
             if log_now:
                 row = {"step": step, "epoch": (step - 1) // per_epoch, "loss": loss.item()}
                 row |= {"pred": pred.item(), args.sigreg: reg.item()}
-                row |= diagnostics(args, embeddings) | {"lr": group["lr"]}
+                row |= measured | {"lr": group["lr"]}
                 seconds = time.perf_counter() - start
                 speed = (step - logged) * args.batch_size / seconds
                 row |= {"images_per_s": round(speed, 1), "wait": round(waited / seconds, 3)}
