@@ -1,6 +1,6 @@
 """What did the encoder learn? The numbers and pictures of an evaluation section, from a checkpoint.
 
-    python probe.py ckpt.pt                               # k-NN, linear on its own data set
+    python probe.py ckpt.pt                               # k-NN, linear, linear on four blocks
     python probe.py ckpt.pt --untrained                   # before training: the floor of any claim
     python probe.py ckpt.pt --pixels                      # no encoder at all: the other floor
     python probe.py ckpt.pt --shots 1 10                  # and with n labels a class, 5 draws
@@ -283,21 +283,26 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     names = ("pool", "layers", "workers", "amp")
     extract = partial(extract_features, **{name: getattr(options, name) for name in names})
     encoder = None if options.pixels else encoder
+    width = encoder.dim if options.four else None  # the last block's features come first
     (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
     elsewhere = dist.is_initialized() and dist.get_rank() > 0
     # a collective: the other ranks' images are rank 0's by now
-    erank = effective_rank(val_x[:0].float() if elsewhere else val_x.float()).item()
+    erank = effective_rank((val_x[:0] if elsewhere else val_x)[:, :width]).item()
     if elsewhere:
         return {}
     train_x = train_x.to(device) if train_x.numel() <= 2**31 else train_x
-    data = train_x, train_y.to(train_x.device), val_x, val_y
+    train_y = train_y.to(train_x.device)
+    data = train_x[:, :width], train_y, val_x[:, :width], val_y
     try:
         result = knn_probe(*data) | linear_probe(*data, seed=options.seed)
         for shots in options.shots:
             result |= few_shot_probe(*data, shots)
+        if options.four:
+            four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
+            result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
     except ValueError as error:
         sys.exit(str(error))
-    protocol = f"of {val_x.shape[1]}, validation images"
+    protocol = f"of {data[0].shape[1]}, validation images"
     return result | {"erank": round(erank, 2), "erank_protocol": protocol}
 
 
@@ -477,7 +482,7 @@ OPTIONS = {  # as in train.py
         ("untrained", bool, False, "", "the encoder as train.py's seed initialises it"),
         ("pixels", bool, False, "", "the images themselves, as 16 x 16, in place of features"),
         ("pool", "avg cls both", "avg", "", "mean patch token, CLS token, or both side by side"),
-        ("layers", int, 1, 1, "features of so many last blocks side by side (ViT)"),
+        ("layers", int, None, 1, "last blocks side by side (ViT) [1, and linear4: 4 of them]"),
         ("seed", int, 0, 0, "of the held-out tenth, the order of the heads' images, fine-tuning"),
     ],
     "in place of k-NN and linear probe": [
@@ -524,7 +529,7 @@ def parse_args(argv=None):
         sys.exit(f"probe.py: --drop-path {options.drop_path} must be below 1")
     if len(options.data or []) > 1 and options.pca:
         sys.exit("probe.py: a picture is of one data set; give --data one")
-    chosen = options.pixels or options.pool != "avg" or options.layers > 1
+    chosen = options.pixels or options.pool != "avg" or options.layers
     if chosen and (options.finetune or options.pca or options.export):
         of = "choose the features of k-NN and linear probe; leave them out here"
         sys.exit(f"probe.py: --pixels, --pool and --layers {of}")
@@ -539,6 +544,9 @@ def load_encoder(options, checkpoint):
     torch.manual_seed(args["seed"])
     encoder = train.build_encoder(name, args["image_size"])
     is_vit = hasattr(encoder, "blocks")
+    # by default both readouts from one pass: source A's, the last block, and I-JEPA's, four
+    options.four = is_vit and not (options.layers or options.pixels or options.pool != "avg")
+    options.layers = options.layers or (min(4, len(encoder.blocks)) if options.four else 1)
     wants = {f"--pool {options.pool}": options.pool != "avg", "--layers": options.layers > 1}
     for flag, asked in (wants | {"--pca": options.pca}).items():
         if asked and not is_vit:
@@ -576,7 +584,8 @@ def summarize(results):
     """The table of several data sets, then JSON: one object, or a list of them."""
     results = [{k: v for k, v in r.items() if not k.endswith("_protocol")} for r in results]
     if len(results) > 1:
-        columns = [name for name in ("knn", "linear", "finetune") if name in results[0]]
+        names = ("knn", "linear", "linear4", "finetune")
+        columns = [name for name in names if name in results[0]]
         print(f"{'data':24}" + "".join(f"{name:>10}" for name in columns))
         for result in results:
             numbers = "".join(f"{result[name]:10.2f}" for name in columns)
@@ -621,12 +630,16 @@ def main(argv=None):
             found = run(encoder, who, data, sources, size, options, device)
             if found and rank == 0:
                 about = {"ckpt": options.ckpt, "data": data, "model": model, "step": step}
-                names = ("image_size", "pool", "layers", "untrained", "pixels", "seed")
+                names = ("image_size", "pool", "untrained", "pixels", "seed")
                 about |= {name: getattr(options, name) for name in names}
+                about["layers"] = 1 if options.four else options.layers
                 about |= {"train": len(sources[0]), "val": len(sources[1])}
                 about |= {"commit": commit(), "torch": torch.__version__}
                 of = f"{about['train']:,} training, {about['val']:,} validation images at {size} px"
-                features = f"{options.pool} pooling, last {options.layers} layers"
+                layers = (
+                    "last block (linear4: 4)" if options.four else f"last {options.layers} layers"
+                )
+                features = f"{options.pool} pooling, {layers}"
                 show(found, f"{who} on {data}: {of}, {features}, seed {options.seed}")
                 results.append(about | found)
         same = (torch.equal(value, before[n]) for n, value in encoder.state_dict().items())

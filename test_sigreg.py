@@ -5,6 +5,7 @@ others say why.
 """
 
 import ast
+import copy
 import io
 import itertools
 import json
@@ -827,6 +828,64 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
     assert [row.get("step") for row in rows] == [None, *range(1, 15)]
 
 
+def test_heuristics_do_what_they_say():
+    images = torch.rand(4, 3, 32, 32)
+    for flags, whole, gradient in (
+        ([], False, True),
+        (["--stop-grad"], False, False),
+        (["--ema", "0.9"], False, False),
+        (["--targets", "full"], True, True),
+    ):
+        args = train.parse_args([*TINY, "--no-amp", *flags])
+        train.fill_in(args, 20_000, 32, 1)
+        encoder, predictor, _ = train.build(args, torch.device("cpu"))
+        teacher = copy.deepcopy(encoder) if args.ema else None
+        modules = encoder, teacher, encoder, predictor
+        settings, forward, _ = train.recipe(args, *modules, torch.device("cpu"))
+        context, targets = settings["make_masks"]()
+        context, targets = context[:4], targets[:4]
+        _, z_target, _ = forward([images, images], (context, targets))
+        assert z_target.requires_grad == gradient
+        tokens = encoder(images, None if whole else targets)
+        if whole:
+            tokens = torch.nn.functional.layer_norm(tokens[:, 1:], tokens.shape[2:])
+            wanted = torch.stack([tokens[b, targets[b]] for b in range(4)])
+        else:
+            wanted = tokens[:, :, 1:]
+        torch.testing.assert_close(z_target[:, :, 1:], wanted)
+    none = train.make_regularizer("none", 1, 0)
+    assert none(images.flatten(1)) == 0
+
+
+def test_ema_and_weight_decay_resume_bit_by_bit(tmp_path):
+    flags = ["--ema", "0.9", "--sigreg", "none", "--wd-end", "0.4", "--targets", "full"]
+    saved = run_train(tmp_path, *flags)
+    cut = [*TINY, *flags, "--ckpt", str(tmp_path / "cut.pt")]
+    code = [
+        "import train",
+        "honest, calls = train.set_rates, []",
+        "def failing(*arguments):",
+        "    calls.append(1)",
+        "    if len(calls) == 5: raise SystemExit",
+        "    return honest(*arguments)",
+        "train.set_rates = failing",
+        f"train.main({cut})",
+    ]
+    subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], check=True, cwd=HERE, stdout=subprocess.DEVNULL
+    )
+    assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 3
+    train.main(cut)
+    again = torch.load(tmp_path / "cut.pt", weights_only=True)
+    assert same_weights(saved, again)
+    for name, value in saved["teacher"].items():
+        assert torch.equal(value, again["teacher"][name])
+    moved = (saved["teacher"][f"module.{n}"] - p for n, p in saved["encoder"].items())
+    assert max(difference.abs().max() for difference in moved) > 0
+    decay = [group["weight_decay"] for group in saved["optimizer"]["param_groups"]]
+    assert decay == [0.0, pytest.approx(0.4)]
+
+
 def test_two_ranks_train_what_one_does(tmp_path):
     arguments = [*TINY, "--sigreg", "legendre", "--weight-decay", "0", "--lr", "1e-4"]
     train.main([*arguments, "--ckpt", str(tmp_path / "one.pt")])
@@ -1543,7 +1602,7 @@ def step_gradients(arguments, size, dtype, world=1, rank=0):
     modules = [m.to(dtype) for m in (encoder, predictor)]
     if world > 1:
         modules = [DistributedDataParallel(m) for m in modules]
-    settings, forward, loss_of = train.recipe(args, encoder, *modules, torch.device("cpu"))
+    settings, forward, loss_of = train.recipe(args, encoder, None, *modules, torch.device("cpu"))
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]
     images = torch.utils.data.Subset(train.Shapes(32), rows.tolist())
     whole = train.hold(images, 0, torch.device("cpu"))

@@ -39,12 +39,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
 import sigreg
 from masks import multi_block_masks, random_masks
-from model import MLPPredictor, TransformerPredictor, projector, vit
+from model import MLPPredictor, TransformerPredictor, gather_tokens, projector, vit
 
 
 # ------------------------------------------------------------ the algorithm: draw, forward, loss
@@ -82,15 +83,22 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def masked_forward(encode, predict, views, masks):
+def masked_forward(encode, encode_target, predict, whole, views, masks):
     """Source A: encode the context, encode the targets, predict the targets from the context.
 
     views: two of (B, 3, S, S), one crop of each image, in colours of its own where colours change.
-    Returns what masked_loss sees.
+    encode_target: the same encoder, with its gradient; --stop-grad and --ema change that. whole:
+    targets are patches of the encoded whole image, normalised, as I-JEPA has it. Returns what
+    masked_loss sees.
     """
     context, targets = masks
     z_context = encode(views[0], context)  # (B, 1 + Nc, D)
-    z_target = encode(views[1], targets)  # (B, K, 1 + Nt, D): the same encoder, with its gradient
+    if whole:
+        z = encode_target(views[1])  # (B, 1 + P, D)
+        patches = gather_tokens(F.layer_norm(z[:, 1:], z.shape[2:]), targets)  # (B, K, Nt, D)
+        z_target = torch.cat([z[:, None, :1].expand_as(patches[:, :, :1]), patches], dim=2)
+    else:
+        z_target = encode_target(views[1], targets)  # (B, K, 1 + Nt, D)
     z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
     return z_context, z_target, z_pred
 
@@ -113,6 +121,8 @@ def crops_loss(y, project, num_global, lam, regularizer):
 
 def make_regularizer(name, slices, seed):
     """SIGReg of one step as a function (N, D) -> scalar; the sketched one draws its slices anew."""
+    if name == "none":
+        return lambda z: z.new_zeros(())
     if name != "sketched":
         return {"spectral": sigreg.spectral_sigreg, "legendre": sigreg.legendre_sigreg}[name]
     draw = cache(lambda dim, device: send(sigreg.random_directions(dim, slices, seed), device))
@@ -126,6 +136,15 @@ def learning_rate(step, last, lr, warmup=0, schedule="constant"):
     return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
 
 
+def set_rates(optimizer, args, step, last, warmup):
+    """The step's learning rate, and weight decay on its way along half a cosine to --wd-end."""
+    fall = 0.5 * (1 + math.cos(math.pi * step / last))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
+        if args.wd_end is not None and group["weight_decay"]:
+            group["weight_decay"] = args.wd_end + (args.weight_decay - args.wd_end) * fall
+
+
 def masks_of(args, grid, count):
     """The masks that the flags ask for, `count` of them, as a function of the generator."""
     make = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
@@ -133,7 +152,7 @@ def masks_of(args, grid, count):
     return partial(make, count, grid, args.num_targets, args.target_scale, **context)
 
 
-def recipe(args, encoder, encode, predict, device):
+def recipe(args, encoder, teacher, encode, predict, device):
     """By --recipe: what draw takes, forward: (views, masks) -> embeddings, and their loss."""
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     settings = {"batch_size": args.batch_size}
@@ -146,7 +165,13 @@ def recipe(args, encoder, encode, predict, device):
     else:
         count = args.batch_size if args.masks_per == "image" else 1
         settings["make_masks"] = masks_of(args, encoder.grid, count)
-        forward, relative = partial(masked_forward, encode, predict), args.pred == "relative"
+        target, relative = teacher or encoder, args.pred == "relative"
+        if teacher or args.stop_grad:
+            encode_target = torch.no_grad()(lambda *inputs: target(*inputs))
+        else:
+            encode_target = encode
+        whole = args.targets == "full"
+        forward = partial(masked_forward, encode, encode_target, predict, whole)
         loss = partial(sigreg.masked_loss, lam=args.lam, relative=relative, on=args.sigreg_on)
     return settings, autocast(forward), loss
 
@@ -206,6 +231,10 @@ def train(args, train_set, device, rank, world):
     per_epoch = len(train_set) // args.batch_size
     last, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
     state = dict(zip(PARTS, (encoder, predictor, optimizer), strict=True))
+    teacher = (
+        AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    )
+    state |= {"teacher": teacher} if args.ema else {}
     same = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE.split()}
     first = resume("train.py", Path(args.ckpt), state, same, last, rank, world)
     if first >= last:
@@ -215,7 +244,7 @@ def train(args, train_set, device, rank, world):
     loader, crops = load(args, train_set, steps, device)
     at_once = images_at_once(args, encoder, len(share), device)
     modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
-    settings, forward, loss_of = recipe(args, encoder, *modules, device)
+    settings, forward, loss_of = recipe(args, encoder, teacher, *modules, device)
     draw_some = partial(draw, crops=crops, **settings)
     writer, pool = start_log(args, first, rank), ThreadPoolExecutor(1)
     healthy, written = torch.ones((), dtype=torch.bool, device=device), None
@@ -236,10 +265,11 @@ def train(args, train_set, device, rank, world):
             if len(pieces) > 1:
                 embeddings = [z.grad for z in embeddings]  # all that the second pass needs
                 second_pass(forward, pieces, seed * 1000, embeddings, modules)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
+            set_rates(optimizer, args, step, last, warmup)
             optimizer.step()
             optimizer.zero_grad()
+            if teacher:
+                teacher.update_parameters(encoder)
             healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
             stop_now = caught()
             save_now = step % args.save_every == 0 or step == last or stop_now
@@ -248,7 +278,7 @@ def train(args, train_set, device, rank, world):
             if log_now:
                 row = {"step": step, "epoch": (step - 1) // per_epoch, "loss": loss.item()}
                 row |= {"pred": pred.item(), args.sigreg: reg.item()}
-                row |= measured | {"lr": group["lr"]}
+                row |= measured | {"lr": optimizer.param_groups[0]["lr"]}
                 seconds = time.perf_counter() - start
                 speed = (step - logged) * args.batch_size / seconds
                 row |= {"images_per_s": round(speed, 1), "wait": round(waited / seconds, 3)}
@@ -929,7 +959,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
         ("data", str, "shapes", "", "a folder with train/ and val/, or embedded: shapes"),
         ("data-root", str, "data", "", "where torchvision's data sets are downloaded to"),
         ("image-size", int, None, 1, "pixels, a multiple of the patch [small images: theirs; 224]"),
-        ("augment", "none crop color", None, "", "color: crop, and colours by view"),
+        ("augment", "none crop color", None, "", "color: crop, and colours"),
         ("global-views", int, 2, 1, "crops: views of 0.3 to 1 of the image, at full size"),
         ("local-views", int, 6, 0, "crops: views of 0.05 to 0.3 of the image"),
         ("local-size", int, None, 1, "crops: pixels of local views [0.43 of the image size]"),
@@ -937,20 +967,23 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
     ],
     "model": [
         ("recipe", "masked crops", "masked", "", "A: predict hidden patches; B: embed crops alike"),
-        ("model", str, None, "", "vit_{n,t,s,b,l,h}{patch}, or for crops resnet18 swin_t ..."),
+        ("model", str, None, "", "vit_{n,t,s,b,l,h}{patch}; crops: resnet18 ..."),
         ("predictor", "mlp transformer", "mlp", "", "from the pooled context, or attending to it"),
         ("proj-dim", int, 64, 1, "crops: width of the projection that the loss sees"),
         ("masks", "blocks random", "blocks", "", "targets are rectangles, or scattered patches"),
         ("masks-per", "batch image", None, "", "batch: one for all, its outline is no shortcut"),
         ("num-targets", int, None, 1, "target blocks an image"),
         ("target-scale", [float, float], None, "", "share of patches in a target"),
-        ("min-context", float, None, 0, "least share of the patches left to the context"),
+        ("min-context", float, None, 0, "least share of patches for the context"),
     ],
     "loss": [
         ("pred", "relative mse", None, "", "relative: share unexplained, shrinking gains nothing"),
-        ("sigreg", "spectral legendre sketched", None, "", "the regularizer, see sigreg.py"),
+        ("sigreg", "spectral legendre sketched none", None, "", "see sigreg.py"),
         ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
         ("lam", float, None, 0, "weight of SIGReg, see sigreg.py"),
+        ("targets", "blocks full", "blocks", "", "full: patches of the encoded whole image"),
+        ("stop-grad", bool, False, "", "no gradient through the targets"),
+        ("ema", float, 0, 0, "targets by a teacher, the encoder's average with this momentum"),
         ("slices", int, 1024, 1, "random directions a step of sketched SIGReg"),
     ],
     "optimization": [
@@ -962,6 +995,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
         ("schedule", "constant cosine", "constant", "", "cosine: falls to 0 at the last step"),
         ("warmup-epochs", float, 0, 0, "epochs in which the rate rises from 0"),
         ("weight-decay", float, None, 0, "AdamW's, not of biases and norms [0.05; ResNets 5e-4]"),
+        ("wd-end", float, None, 0, "weight decay goes there along a cosine"),
         ("seed", int, 0, 0, "of weights, order, crops, masks, slices and the shapes"),
     ],
     "run": [
@@ -1015,13 +1049,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="train.py [options], or over N GPUs torchrun --nproc_per_node=N train.py [options]",
         description=f"[default]; where the data decides: {KINDS} (the last goes on); then recipe",
-        formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
+        formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=33),
     )
     add_options(parser, OPTIONS, default_text)
     args = parser.parse_args(argv)
     check_options("train.py", args, OPTIONS)
-    if args.lr == 0 or args.min_context == 0:
-        sys.exit("train.py: --lr and --min-context must be above 0")
+    if args.lr == 0 or args.min_context == 0 or args.ema >= 1:
+        sys.exit("train.py: --lr and --min-context must be above 0, --ema below 1")
+    if args.recipe == "crops" and (args.ema or args.stop_grad or args.targets == "full"):
+        sys.exit("train.py: --ema, --stop-grad and --targets full are for --recipe masked")
     return args
 
 
