@@ -49,9 +49,8 @@ def _uniform(bounds, generator, log=False):
 
 def _block_size(height, width, scale, aspect):
     """(h, w) of the block of that share of the grid and that ratio h / w, kept inside the grid."""
-    area = scale * height * width
-    h = min(max(round(math.sqrt(area * aspect)), 1), height)
-    w = min(max(round(area / h), 1), width)
+    h = min(max(round(math.sqrt(scale * height * width * aspect)), 1), height)
+    w = min(max(round(scale * height * width / h), 1), width)
     return h, w
 
 
@@ -94,13 +93,13 @@ def multi_block_masks(
     """
     scales = target_scale, context_scale, target_aspect
     height, width = _check(batch_size, grid, num_targets, min_context, *scales)
-    scale, aspect = _uniform(target_scale, generator), _uniform(target_aspect, generator, log=True)
-    block = _block_size(height, width, scale, aspect)
+    share, aspect = _uniform(target_scale, generator), _uniform(target_aspect, generator, log=True)
+    block = _block_size(height, width, share, aspect)
     if block == (height, width):  # rounding on a small grid: leave a line of patches to the context
         block = (height - 1, width) if height > 1 else (height, width - 1)
     frame = _block_size(height, width, _uniform(context_scale, generator), height / width)
-    num_patches = height * width
-    wanted = min(max(round(min_context * num_patches), 1), num_patches - block[0] * block[1])
+    most = height * width - block[0] * block[1]
+    wanted = min(max(round(min_context * height * width), 1), most)
 
     def place(count):
         targets = _place((count, num_targets), block, height, width, generator)
@@ -122,9 +121,10 @@ def multi_block_masks(
     score = torch.rand(allowed.shape, generator=generator, device=allowed.device)
     # lowest first: allowed patches in random order, then free ones outside the frame, then targets
     score = torch.where(allowed, score, torch.where(free, 1 + score, 2 + score))
-    context = score.topk(length, largest=False).indices.sort().values
-    targets = (rows[..., :, None] & cols[..., None, :]).flatten(2).nonzero()[:, 2]
-    return context, targets.view(batch_size, num_targets, -1)
+    chosen = score.topk(length, largest=False, sorted=False).indices
+    context = torch.zeros_like(free).scatter(1, chosen, True).nonzero()[:, 1].view(-1, length)
+    row, col = (x.nonzero()[:, 2].view(batch_size, num_targets, -1) for x in (rows, cols))
+    return context, (width * row[..., None] + col[:, :, None]).flatten(2)
 
 
 def random_masks(
