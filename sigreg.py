@@ -84,26 +84,32 @@ def quadrature(knots, t_max, like):
     return t, phi, w
 
 
-def masked_loss(z_context, z_target, z_pred, lam, regularizer, relative=False, on="pooled"):
-    """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(embeddings of the batch).
+def masked_loss(
+    z_context, z_target, z_pred, z_back=None, *, lam, regularizer, relative=False, on="pooled"
+):
+    """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(embeddings of the batch)
 
         pred   = mean (z_pred - z_target)^2           or relative: sum |z_pred - t|^2 / sum |t|^2
+                 and the mean of this and the same for z_back and the context, where there is one
         SIGReg = of each image's mean token           or on tokens: (SIGReg(c) + SIGReg(t)) / 2
         c, t   = centre(z_context), centre(z_target)
 
     z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
-    (B, K, Nt, D): predicted patches; regularizer: (N, D) -> scalar. CLS is in the mean token alone:
-    nobody predicts it, and it could carry the spread. A to the letter is spectral_sigreg, pooled,
-    not relative. Gradients flow through everything. Returns loss, prediction loss, regularizer.
+    (B, K, Nt, D): predicted patches; z_back (B, K, Nc, D): the context's, predicted from each
+    target; regularizer: (N, D) -> scalar. CLS is in the mean token alone: nobody predicts it, and
+    it could carry the spread. A to the letter is spectral_sigreg, pooled, not relative, without
+    z_back. Gradients flow through everything. Returns loss, prediction loss, regularizer.
     """
     context, target = z_context[:, 1:], z_target[:, :, 1:]
-    centred = centre(target) if relative or on == "tokens" else None
-    if on == "pooled":
-        samples = [pool(z_context, z_target)]
-    else:
-        samples = [centre(context).flatten(0, 1), centred.flatten(0, 2)]
+    c, t = centre(context), centre(target)
+    samples = [pool(z_context, z_target)] if on == "pooled" else [c.flatten(0, 1), t.flatten(0, 2)]
     reg = sum(regularizer(z) for z in samples) / len(samples)
-    pred = prediction_loss(z_pred, centred if relative else target, relative)
+    if relative:
+        context, target = c, t
+    pred = prediction_loss(z_pred, target, relative)
+    if z_back is not None:
+        context = context[:, None].expand_as(z_back)
+        pred = (pred + prediction_loss(z_back, context, relative)) / 2
     return pred + lam * reg, pred, reg
 
 

@@ -247,12 +247,13 @@ def test_random_directions():
     assert torch.allclose(directions.norm(dim=0), torch.ones(100), atol=1e-6)
 
 
+@pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("on, relative", [("pooled", False), ("tokens", True)])
-def test_masked_loss_is_its_definition(on, relative):
+def test_masked_loss_is_its_definition(on, relative, back):
     """Source A to the letter, and the photographs' default, against plain restatements."""
-    shapes = (20, 1 + 4, 5), (20, 2, 1 + 3, 5), (20, 2, 3, 5)
+    shapes = [(20, 1 + 4, 5), (20, 2, 1 + 3, 5), (20, 2, 3, 5)] + [(20, 2, 4, 5)] * back
     z = [gaussian(20, math.prod(s[1:]), i).view(s).requires_grad_() for i, s in enumerate(shapes)]
-    z_context, z_target, z_pred = z
+    z_context, z_target, z_pred, *z_back = z
     loss = sigreg.masked_loss(
         *z, lam=0.5, regularizer=sigreg.spectral_sigreg, relative=relative, on=on
     )
@@ -267,6 +268,13 @@ def test_masked_loss_is_its_definition(on, relative):
         expected = [(z_pred - target).square().sum() / target.square().sum()]
         samples = context.reshape(-1, 5), target.reshape(-1, 5)
         expected.append(sum(spectral_reference(x) for x in samples) / 2)
+    if back and relative:
+        context = context[:, None].expand(-1, 2, -1, -1)
+        share = (z_back[0] - context).square().sum() / context.square().sum()
+        expected[0] = (expected[0] + share) / 2
+    elif back:
+        error = (z_back[0] - z_context[:, None, 1:]).square().mean()
+        expected[0] = (expected[0] + error) / 2
     expected.insert(0, expected[0] + 0.5 * expected[1])
     for value, wanted in zip(loss, expected, strict=True):
         assert value.item() == pytest.approx(wanted.item(), rel=1e-10)
@@ -348,9 +356,9 @@ LOSSES = {
     "sketched": lambda z: sigreg.sketched_sigreg(
         z, sigreg.random_directions(z.shape[1], 20, seed=1)
     ),
-    "masked": lambda z: sigreg.masked_loss(*tokens(z), 0.7, sigreg.legendre_sigreg, True, "tokens")[
-        0
-    ],
+    "masked": lambda z: sigreg.masked_loss(
+        *tokens(z), lam=0.7, regularizer=sigreg.legendre_sigreg, relative=True, on="tokens"
+    )[0],
     "crops": lambda z: sigreg.multi_view_loss(
         torch.stack([z, z.sin(), z.cos()]), 2, 0.05, LOSSES["sketched"]
     )[0],
@@ -359,9 +367,9 @@ LOSSES = {
 
 
 def tokens(z):
-    """z_context, z_target, z_pred of rows z (N, 12), as functions of z."""
+    """z_context, z_target, z_pred, z_back of rows z (N, 12), as functions of z."""
     z = z.view(-1, 4, 3)
-    return z, z.cos()[:, None, :3], z.sin()[:, None, :2]
+    return z, z.cos()[:, None, :3], z.sin()[:, None, :2], z.exp()[:, None, :3]
 
 
 def network():

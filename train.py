@@ -83,13 +83,13 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def masked_forward(encode, encode_target, predict, whole, views, masks):
+def masked_forward(encode, encode_target, predict, whole, both, views, masks):
     """Source A: encode the context, encode the targets, predict the targets from the context.
 
     views: two of (B, 3, S, S), one crop of each image, in colours of its own where colours change.
     encode_target: the same encoder, with its gradient; --stop-grad and --ema change that. whole:
-    targets are patches of the encoded whole image, normalised, as I-JEPA has it. Returns what
-    masked_loss sees.
+    targets are patches of the encoded whole image, normalised, as I-JEPA has it. both: predict the
+    context from each target, too. Returns what masked_loss sees.
     """
     context, targets = masks
     z_context = encode(views[0], context)  # (B, 1 + Nc, D)
@@ -100,7 +100,11 @@ def masked_forward(encode, encode_target, predict, whole, views, masks):
     else:
         z_target = encode_target(views[1], targets)  # (B, K, 1 + Nt, D)
     z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
-    return z_context, z_target, z_pred
+    if not both:
+        return z_context, z_target, z_pred
+    asked = context[:, None].expand(-1, targets.shape[1], -1)  # of each target: the context
+    z_back = predict(z_target.flatten(0, 1), targets.flatten(0, 1), asked.flatten(0, 1)[:, None])
+    return z_context, z_target, z_pred, z_back.view(*asked.shape, -1)  # (B, K, Nc, D)
 
 
 def crops_forward(encode, num_global, views, masks):
@@ -170,8 +174,8 @@ def recipe(args, encoder, teacher, encode, predict, device):
             encode_target = torch.no_grad()(lambda *inputs: target(*inputs))
         else:
             encode_target = encode
-        whole = args.targets == "full"
-        forward = partial(masked_forward, encode, encode_target, predict, whole)
+        whole, both = args.targets == "full", args.directions == "both"
+        forward = partial(masked_forward, encode, encode_target, predict, whole, both)
         loss = partial(sigreg.masked_loss, lam=args.lam, relative=relative, on=args.sigreg_on)
     return settings, autocast(forward), loss
 
@@ -382,11 +386,9 @@ def images_at_once(args, encoder, share, device):
     A ViT's activations in bfloat16 come to 38 bytes a block, token and unit of width (measured for
     B, L and H); weights, gradients and AdamW's state to 16 bytes a parameter. A fifth is left free.
     """
-    if any("BatchNorm" in type(module).__name__ for module in encoder.modules()):
-        if (args.micro_batch or share) < share:
-            whole = f"{args.model} has batch norm, over the whole batch"
-            sys.exit(f"train.py: {whole}; leave --micro-batch out")
-        return share
+    if any("BatchNorm" in type(m).__name__ for m in encoder.modules()) and args.micro_batch:
+        whole = f"{args.model} has batch norm, over the whole batch"
+        sys.exit(f"train.py: {whole}; leave --micro-batch out")
     if args.micro_batch or device.type != "cuda" or not hasattr(encoder, "blocks"):
         return args.micro_batch or share
     patches, local = encoder.grid**2, (args.local_size // encoder.patch_size) ** 2
@@ -882,7 +884,7 @@ def resume(script, path, parts, settings, last, rank, world):
 # ------------------------------------------------------------------ defaults, command line, main
 
 # fmt: off
-KINDS = "shapes|to 48 px|to 96 px|photographs|500,000 of them"
+KINDS = "shapes|to 48 px|to 96 px|photographs|from 500,000"
 DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ... : see fill_in
     "model":        ("vit_n8",   "vit_n4",   "vit_n8",   "vit_s16",    "vit_b16"),
     "augment":      ("none",     "color",    "color",    "none",       "none"),
@@ -891,12 +893,13 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
     "target_scale": ([0.4, 0.6], [0.4, 0.6], [0.4, 0.6], [0.15, 0.2],  [0.15, 0.2]),
     "min_context":  (0.35,       0.35,       0.35,       0.25,         0.25),
     "pred":         ("mse",      "relative", "relative", "relative",   "relative"),
+    "directions":   ("one",      "both",     "both",     "both",       "both"),
     "sigreg_on":    ("pooled",   "tokens",   "tokens",   "tokens",     "tokens"),
     "batch_size":   (256,        256,        256,        256,          4096),
     "epochs":       (5,          100,        100,        300,          300),
     "lr":           (1e-3,       1e-3,       1e-3,       1e-3,         1.5e-4),
 }
-MASKED_ONLY = "masks_per num_targets target_scale min_context pred sigreg_on"
+MASKED_ONLY = "masks_per num_targets target_scale min_context pred directions sigreg_on"
 RECIPES = {  # what the recipe then says
     "masked":       {"sigreg": "legendre", "lam": 1.0},
     "crops":        {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
@@ -978,6 +981,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
     ],
     "loss": [
         ("pred", "relative mse", None, "", "relative: share unexplained, shrinking gains nothing"),
+        ("directions", "one both", None, "", "both: the context from each target, too"),
         ("sigreg", "spectral legendre sketched none", None, "", "see sigreg.py"),
         ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
         ("lam", float, None, 0, "weight of SIGReg, see sigreg.py"),
@@ -1048,7 +1052,7 @@ def default_text(name):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="train.py [options], or over N GPUs torchrun --nproc_per_node=N train.py [options]",
-        description=f"[default]; where the data decides: {KINDS} (the last goes on); then recipe",
+        description=f"[default], by data: {KINDS}; then by recipe",
         formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=33),
     )
     add_options(parser, OPTIONS, default_text)
