@@ -882,7 +882,6 @@ def resume(script, path, parts, settings, last, rank, world):
 
 
 # ------------------------------------------------------------------ defaults, command line, main
-
 # fmt: off
 KINDS = "shapes|to 48 px|to 96 px|photographs|from 500,000"
 DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ... : see fill_in
@@ -893,7 +892,7 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
     "target_scale": ([0.4, 0.6], [0.4, 0.6], [0.4, 0.6], [0.15, 0.2],  [0.15, 0.2]),
     "min_context":  (0.35,       0.35,       0.35,       0.25,         0.25),
     "pred":         ("mse",      "relative", "relative", "relative",   "relative"),
-    "directions":   ("one",      "both",     "both",     "both",       "both"),
+    "directions":   ("one",      "both",     "both",     "one",        "one"),
     "sigreg_on":    ("pooled",   "tokens",   "tokens",   "tokens",     "tokens"),
     "batch_size":   (256,        256,        256,        256,          4096),
     "epochs":       (5,          100,        100,        300,          300),
@@ -904,59 +903,6 @@ RECIPES = {  # what the recipe then says
     "masked":       {"sigreg": "legendre", "lam": 1.0},
     "crops":        {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
 }
-# fmt: on
-
-
-def fill_in(args, count, side, world):
-    """What the command line left open: by kind of data, by recipe, then by what follows from it.
-
-    count images, whose shorter side is `side` pixels; exits in one line where the batch cannot be.
-    """
-    photographs = 2 if side <= 96 else 3 if count < 500_000 else 4
-    kind = 0 if args.data == "shapes" else 1 if side <= 48 else photographs
-    unused = MASKED_ONLY.split() if args.recipe == "crops" else ()
-    chosen = {name: row[kind] for name, row in DEFAULTS.items() if name not in unused}
-    chosen |= RECIPES[args.recipe]
-    chosen["batch_size"] = min(chosen["batch_size"], count)
-    chosen["weight_decay"] = 5e-4 if "resne" in (args.model or "") else 0.05
-    # shapes are cheaper to draw than to send between processes
-    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    chosen["workers"] = 0 if kind == 0 and args.recipe == "masked" else min(8, cores)
-    chosen["amp"] = args.device.startswith("cuda") or has_bfloat16()
-    chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
-    vars(args).update(chosen)
-    patch = patch_size(args.model, side)
-    if args.image_size is None:
-        few = kind > 2 or patch < 32 and side // patch < 4  # patches for a mask: enlarge to 224
-        args.image_size = 224 // patch * patch if few else max(side // patch, 2) * patch
-    if args.local_size is None:
-        args.local_size = max(round(0.43 * args.image_size / patch), 1) * patch
-    if not 2 <= args.batch_size <= count:
-        limits = f"from 2 (SIGReg compares images) to the {count} images of the data"
-        sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
-    if args.batch_size < world:
-        sys.exit(f"train.py: --batch-size {args.batch_size} leaves some of {world} ranks no image")
-    return chosen | {"image_size": args.image_size}
-
-
-def has_bfloat16():
-    """Whether this CPU has units for bfloat16: it is then faster there."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and re.search("avx512_bf16|amx_bf16", info.read_text()) is not None
-
-
-def patch_size(model, side):
-    """What divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others."""
-    name = re.fullmatch(r"vit_[a-z](\d+)", model)
-    return max(int(name[1]), 1) if name else 1 if "resne" in model and side <= 96 else 32
-
-
-def shorter_side(data):
-    """Pixels of the shorter side of the first image."""
-    return min(next(read(data, 0, batch_size=1, collate_fn=stack)).shape[2:])
-
-
-# fmt: off
 OPTIONS = {  # group: (option, type or choices, default, least, effect); None: DEFAULTS, or fill_in
     "data": [
         ("data", str, "shapes", "", "a folder with train/ and val/, or embedded: shapes"),
@@ -1012,6 +958,55 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
     ],
 }
 # fmt: on
+
+
+def fill_in(args, count, side, world):
+    """What the command line left open: by kind of data, by recipe, then by what follows from it.
+
+    count images, whose shorter side is `side` pixels; exits in one line where the batch cannot be.
+    """
+    photographs = 2 if side <= 96 else 3 if count < 500_000 else 4
+    kind = 0 if args.data == "shapes" else 1 if side <= 48 else photographs
+    unused = MASKED_ONLY.split() if args.recipe == "crops" else ()
+    chosen = {name: row[kind] for name, row in DEFAULTS.items() if name not in unused}
+    chosen |= RECIPES[args.recipe]
+    chosen["batch_size"] = min(chosen["batch_size"], count)
+    chosen["weight_decay"] = 5e-4 if "resne" in (args.model or "") else 0.05
+    # shapes are cheaper to draw than to send between processes
+    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    chosen["workers"] = 0 if kind == 0 and args.recipe == "masked" else min(8, cores)
+    chosen["amp"] = args.device.startswith("cuda") or has_bfloat16()
+    chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
+    vars(args).update(chosen)
+    patch = patch_size(args.model, side)
+    if args.image_size is None:
+        few = kind > 2 or patch < 32 and side // patch < 4  # patches for a mask: enlarge to 224
+        args.image_size = 224 // patch * patch if few else max(side // patch, 2) * patch
+    if args.local_size is None:
+        args.local_size = max(round(0.43 * args.image_size / patch), 1) * patch
+    if not 2 <= args.batch_size <= count:
+        limits = f"from 2 (SIGReg compares images) to the {count} images of the data"
+        sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
+    if args.batch_size < world:
+        sys.exit(f"train.py: --batch-size {args.batch_size} leaves some of {world} ranks no image")
+    return chosen | {"image_size": args.image_size}
+
+
+def has_bfloat16():
+    """Whether this CPU has units for bfloat16: it is then faster there."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and re.search("avx512_bf16|amx_bf16", info.read_text()) is not None
+
+
+def patch_size(model, side):
+    """What divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others."""
+    name = re.fullmatch(r"vit_[a-z](\d+)", model)
+    return max(int(name[1]), 1) if name else 1 if "resne" in model and side <= 96 else 32
+
+
+def shorter_side(data):
+    """Pixels of the shorter side of the first image."""
+    return min(next(read(data, 0, batch_size=1, collate_fn=stack)).shape[2:])
 
 
 def add_options(parser, options, text_of=lambda name: None):
