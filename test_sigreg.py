@@ -1000,7 +1000,7 @@ def test_transfer_prints_one_table(trained, tmp_path, capsys, few_shapes):
         r["val"] for r in results
     ] == [200, 24]
     assert [line.split()[1:] for line in lines[-3:-1]] == [
-        [f"{r['knn']:.2f}", f"{r['linear']:.2f}"] for r in results
+        [f"{r[name]:.2f}" for name in ("knn", "linear", "linear4")] for r in results
     ]
 
 
@@ -1062,13 +1062,26 @@ def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, fe
         monkeypatch.setattr(train.Shapes, "__getitem__", item)
         results.append(run_probe(capsys, trained[0] / "ckpt.pt", "--shots", "2"))
     half = len(heads) // 2
-    assert half == 7  # the grid, the chosen head, 5 draws
+    assert half == 9  # the grid and the chosen head, 5 draws, and for four blocks grid and head
     for before, after in zip(heads[:half], heads[half:], strict=False):
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert (
         results[0]["linear"] != results[1]["linear"]
         and results[0]["linear_held_out"] == results[1]["linear_held_out"]
     )
+
+
+def test_both_readouts_from_one_pass(trained, capsys, few_shapes):
+    """By default the last block and four blocks, each as --layers gives it alone."""
+    ckpt = trained[0] / "ckpt.pt"
+    default, last, four = (
+        run_probe(capsys, ckpt, *flags) for flags in ([], ["--layers", "1"], ["--layers", "4"])
+    )
+    for name in ("knn_k", "linear", "linear_lr", "linear_held_out", "erank"):
+        assert default[name] == last[name], name
+    assert default["linear4"] == four["linear"]
+    assert default["linear4_held_out"] == four["linear_held_out"]
+    assert "linear4" not in last and "linear4" not in four
 
 
 def test_last_layers_stand_side_by_side():
