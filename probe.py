@@ -280,26 +280,28 @@ def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
 
 def frozen_probes(encoder, train_set, val_set, options, device):
     """Effective rank, k-NN, linear and few-shot of frozen features, on rank 0; {} on the others."""
-    names = ("pool", "layers", "workers", "amp")
-    extract = partial(extract_features, **{name: getattr(options, name) for name in names})
+    settings = {name: getattr(options, name) for name in ("pool", "workers", "amp")}
+    extract = partial(extract_features, layers=options.blocks, **settings)
     encoder = None if options.pixels else encoder
-    width = encoder.dim if options.four else None  # the last block's features come first
+    more = options.blocks > options.layers
+    width = encoder.dim if more else None  # the last block's features come first
     (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
     elsewhere = dist.is_initialized() and dist.get_rank() > 0
     # a collective: the other ranks' images are rank 0's by now
     erank = effective_rank((val_x[:0] if elsewhere else val_x)[:, :width]).item()
     if elsewhere:
         return {}
-    train_x = train_x.to(device) if train_x.numel() <= 2**31 else train_x
-    train_y = train_y.to(train_x.device)
+    if device.type == "cuda" and 16 * train_x.numel() < torch.cuda.mem_get_info()[0]:  # 4 copies
+        train_x, train_y = train_x.to(device), train_y.to(device)
     data = train_x[:, :width], train_y, val_x[:, :width], val_y
     try:
         result = knn_probe(*data) | linear_probe(*data, seed=options.seed)
         for shots in options.shots:
             result |= few_shot_probe(*data, shots)
-        if options.four:
+        if more:
             four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
             result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
+            result["linear4_protocol"] = f"of {options.blocks} blocks: {four['linear_protocol']}"
     except ValueError as error:
         sys.exit(str(error))
     protocol = f"of {data[0].shape[1]}, validation images"
@@ -545,8 +547,9 @@ def load_encoder(options, checkpoint):
     encoder = train.build_encoder(name, args["image_size"])
     is_vit = hasattr(encoder, "blocks")
     # by default both readouts from one pass: source A's, the last block, and I-JEPA's, four
-    options.four = is_vit and not (options.layers or options.pixels or options.pool != "avg")
-    options.layers = options.layers or (min(4, len(encoder.blocks)) if options.four else 1)
+    default = is_vit and not (options.layers or options.pixels or options.pool != "avg")
+    options.layers = options.layers or 1
+    options.blocks = min(4, len(encoder.blocks)) if default else options.layers
     wants = {f"--pool {options.pool}": options.pool != "avg", "--layers": options.layers > 1}
     for flag, asked in (wants | {"--pca": options.pca}).items():
         if asked and not is_vit:
@@ -630,16 +633,12 @@ def main(argv=None):
             found = run(encoder, who, data, sources, size, options, device)
             if found and rank == 0:
                 about = {"ckpt": options.ckpt, "data": data, "model": model, "step": step}
-                names = ("image_size", "pool", "untrained", "pixels", "seed")
+                names = ("image_size", "pool", "layers", "untrained", "pixels", "seed")
                 about |= {name: getattr(options, name) for name in names}
-                about["layers"] = 1 if options.four else options.layers
                 about |= {"train": len(sources[0]), "val": len(sources[1])}
                 about |= {"commit": commit(), "torch": torch.__version__}
                 of = f"{about['train']:,} training, {about['val']:,} validation images at {size} px"
-                layers = (
-                    "last block (linear4: 4)" if options.four else f"last {options.layers} layers"
-                )
-                features = f"{options.pool} pooling, {layers}"
+                features = f"{options.pool} pooling, last {options.layers} layers"
                 show(found, f"{who} on {data}: {of}, {features}, seed {options.seed}")
                 results.append(about | found)
         same = (torch.equal(value, before[n]) for n, value in encoder.state_dict().items())

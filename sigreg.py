@@ -104,8 +104,7 @@ def masked_loss(
     c, t = centre(context), centre(target)
     samples = [pool(z_context, z_target)] if on == "pooled" else [c.flatten(0, 1), t.flatten(0, 2)]
     reg = sum(regularizer(z) for z in samples) / len(samples)
-    if relative:
-        context, target = c, t
+    context, target = (c, t) if relative else (context, target)
     pred = prediction_loss(z_pred, target, relative)
     if z_back is not None:
         context = context[:, None].expand_as(z_back)
@@ -271,9 +270,8 @@ def embedding_std(z):
 def legendre_sigreg(z):
     """legendre_sigreg_plain over all ranks, products in at least float32, Cholesky in float64.
 
-    z (N, D) of any float dtype -> scalar >= 0, float64. Shrinking z is punished as -log. The ridge
-    is relative too, since rounding in float32 is: batches of low rank and any scale stay positive
-    definite. ValueError unless z is a 2-D float tensor.
+    z (N, D) of any float dtype -> scalar >= 0, float64; shrinking costs -log. The ridge is relative
+    too, as rounding in float32 is. ValueError unless z is a 2-D float tensor.
     """
     n, mean, gram = _moments(z)
     cov = gram / n
@@ -286,10 +284,7 @@ def legendre_sigreg(z):
 
 # --------------------------------------------------------------------- the sketched one, made fast
 def random_directions(dim, num_slices, seed, device=None):
-    """(D, M) float32 unit columns, uniform on the sphere, a pure function of the seed.
-
-    Drawn on the CPU, so that all ranks and devices get the same ones without a broadcast.
-    """
+    """(D, M) float32 unit columns, uniform on the sphere, by the seed alone: same on all ranks."""
     directions = torch.randn(dim, num_slices, generator=torch.Generator().manual_seed(seed))
     return (directions / directions.norm(dim=0)).to(device)
 
@@ -369,15 +364,15 @@ def benchmark(device, rounds=5):
         z = torch.randn(n, dim, device=device, requires_grad=True)
         a = random_directions(dim, 1024, seed=0, device=device)
         sketched = (a,) if forms[0] is sketched_sigreg else ()
-        times = torch.empty(rounds + 1, 3)
+        ms = torch.empty(rounds + 1, 3)
         for turn, i in itertools.product(range(rounds + 1), range(3)):
             start = time.perf_counter()
             value = forms[i](z, *sketched) if i < 2 else (z @ a).square().mean()
             torch.autograd.grad(value, z)[0].sum().item()  # waits for the GPU
-            times[turn, i] = 1e3 * (time.perf_counter() - start)
-        it, plain, product = times[1:].median(0).values.tolist()  # the first turn warms up
-        name = forms[0].__name__.removesuffix("_sigreg")
-        print(f"{name:11}{n:5}{dim:5}{it:10.1f}{plain / it:12.1f}{it / product:14.1f}")
+            ms[turn, i] = 1e3 * (time.perf_counter() - start)
+        it, plain, product = ms[1:].median(0).values.tolist()  # the first turn warms up
+        times = f"{it:10.1f}{plain / it:12.1f}{it / product:14.1f}"
+        print(f"{forms[0].__name__[:8]:11}{n:5}{dim:5}{times}")
 
 
 if __name__ == "__main__":
