@@ -131,7 +131,7 @@ def vit(name, image_size=224):
 class MLPPredictor(nn.Module):
     """Two layers on the pooled context and the position of the patch to predict.
 
-    z_bki = W2 gelu(W1 [mean of the context tokens of b ; position embedding of patch targets_bki])
+    z_bki = W2 gelu(W1 [mean of b's tokens, CLS too ; position embedding of patch targets_bki])
 
     tokens (B, 1 + Nc, D), context (B, Nc) (unused: the pool has no order), targets (B, K, Nt) ->
     (B, K, Nt, D).

@@ -316,7 +316,8 @@ def layer_groups(encoder, head, decay, weight_decay):
     what follows the blocks, too. Parameters are registered in the order of the forward pass.
     """
     named = [*encoder.named_parameters(), *(("head." + n, p) for n, p in head.named_parameters())]
-    stages = [re.match(r"(blocks|features)\.\d+|layer\d+", name) for name, _ in named]
+    stage = r"(blocks|features|layers|trunk_output)\.\w+|(layer|stage)\d+"
+    stages = [re.match(stage, name) for name, _ in named]
     order = list(dict.fromkeys(stage[0] for stage in stages if stage))
     top, layer, groups = len(order) + 1, 0, []
     for (name, p), stage in zip(named, stages, strict=True):
@@ -639,6 +640,7 @@ def main(argv=None):
                 about |= {"commit": commit(), "torch": torch.__version__}
                 of = f"{about['train']:,} training, {about['val']:,} validation images at {size} px"
                 features = f"{options.pool} pooling, last {options.layers} layers"
+                features = "16 x 16 pixels" if options.pixels else features
                 show(found, f"{who} on {data}: {of}, {features}, seed {options.seed}")
                 results.append(about | found)
         same = (torch.equal(value, before[n]) for n, value in encoder.state_dict().items())

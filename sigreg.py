@@ -9,8 +9,8 @@ Two documents call two different things SIGReg; both are here, with one relative
     sketched   B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
 
 `*_sigreg_plain`, to copy, is the definition in one process; `*_sigreg` is the same number over all
-ranks, in bounded memory, for every degenerate batch. N rows of D numbers, M slices, T knots; B
-images, V views, K target blocks of Nt patches, a context of Nc. This file needs torch alone.
+ranks, and finite for degenerate batches. N rows of D numbers, M slices, T knots; B images, V views,
+K target blocks of Nt patches, a context of Nc. This file needs torch alone.
 """
 
 import itertools

@@ -787,6 +787,8 @@ def test_same_command_again_says_finished_and_longer_runs_continue(trained, tmp_
     )
     with pytest.raises(SystemExit, match="lam=1.0, this command says 2.0"):
         run_train(tmp_path, "--lam", "2")
+    with pytest.raises(SystemExit, match="ema=0, this command says 0.5"):
+        run_train(tmp_path, "--ema", "0.5")
     longer = run_train(
         tmp_path, "--steps", "10", "--save-every", "4", "--log-every", "5", "--workers", "1"
     )
@@ -863,6 +865,16 @@ def test_heuristics_do_what_they_say():
         torch.testing.assert_close(z_target[:, :, 1:], wanted)
     none = train.make_regularizer("none", 1, 0)
     assert none(images.flatten(1)) == 0
+
+
+def test_weight_decay_falls_to_its_end():
+    args = train.parse_args([*TINY, "--weight-decay", "0", "--wd-end", "0.1"])
+    train.fill_in(args, 20_000, 32, 1)
+    optimizer = train.build(args, torch.device("cpu"))[2]
+    for step, decay in ((1, 0.1 * (1 - math.cos(math.pi / 8)) / 2), (4, 0.05), (8, 0.1)):
+        train.set_rates(optimizer, args, step, 8, 0)
+        values = [group["weight_decay"] for group in optimizer.param_groups]
+        assert values == [0, pytest.approx(decay)]
 
 
 def test_ema_and_weight_decay_resume_bit_by_bit(tmp_path):
@@ -1652,6 +1664,8 @@ PIECES = [
     for on, per in (("pooled", "image"), ("tokens", "batch"))
 ]
 PIECES += [["--recipe", "crops", "--sigreg", name] for name in ("sketched", "legendre")]
+PIECES += [["--directions", "both", "--pred", "relative", "--sigreg-on", "tokens"]]
+PIECES += [["--stop-grad", "--targets", "full", "--masks-per", "batch", "--augment", "color"]]
 
 
 @pytest.mark.parametrize("arguments", PIECES, ids=" ".join)
@@ -1774,6 +1788,9 @@ def refuse(arguments, match):
         (["--data", "nowhere"], "nowhere.*cifar10"),
         (["--image-size", "30"], "image size 30.*24 or 32"),
         (["--lam", "-1"], "--lam -1"),
+        (["--recipe", "crops", "--lam", "2"], "--lam 2.0 of --recipe crops must be at most 1"),
+        (["--recipe", "crops", "--stop-grad"], "for --recipe masked"),
+        (["--ema", "1"], "--ema below 1"),
         (["--lam", "nan"], "--lam nan"),
         (["--lr", "-1"], "--lr -1"),
         (["--batch-size", "1"], "--batch-size 1 "),

@@ -1,4 +1,4 @@
-"""Train LeJEPA: one encoder, one loss, prediction + SIGReg, no teacher, no stop-gradient.
+"""Train LeJEPA: one encoder, one loss, prediction + SIGReg; no teacher, no stop-gradient.
 
     python train.py                                         # embedded set `shapes`: a minute
     python train.py --data cifar10                          # torchvision's, downloaded at first use
@@ -16,7 +16,7 @@ ckpt.pt, ckpt.jsonl holds the command line, then one JSON object a logged step.
 Everything random is a pure function of the seed and of the step, epoch or image number: a resumed
 run repeats the uninterrupted one, and the number of ranks changes rounding only. The batch, its
 masks and SIGReg's statistic are global (the projector's batch norm on GPUs only, as torch has it).
-B is the number of images of this rank's share of the batch; sigreg.py explains the other symbols.
+B is the number of images of this rank's share of the batch; README explains the other symbols.
 """
 
 import argparse
@@ -53,13 +53,13 @@ def draw(batch, seed, share, batch_size, crops=(), make_masks=None, colors=None)
     """Views and masks of a step: a pure function of `seed` and of the images.
 
     batch: uint8, what the loader gives of this rank's images, which are the `share` (B,), indices
-    into the global batch: global crops (B, V, 3, S, S) and local ones (B, L, 3, s, s), or small
+    into the global batch: global crops (B, G, 3, S, S) and local ones (B, L, 3, s, s), or small
     images as they are, (B, 3, H, W), with crops: (count, size, least and most share of the image)
     of each kind to take. make_masks: generator -> (context, targets), for the global batch or one
     for all images; colors: (p of blur, p of solarize), or None. Every rank draws for the whole
     batch and takes its share: any number of ranks sees the same. Returns
 
-    views: V + L of (B, 3, size, size), normalised; with masks, one for context, one for targets;
+    views: G + L of (B, 3, size, size), normalised; with masks, one for context, one for targets;
     masks: context (B, Nc) and targets (B, K, Nt), or None.
     """
     device, generator = batch[0].device, torch.Generator().manual_seed(seed)
@@ -145,8 +145,8 @@ def set_rates(optimizer, args, step, last, warmup):
     fall = 0.5 * (1 + math.cos(math.pi * step / last))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
-        if args.wd_end is not None and group["weight_decay"]:
-            group["weight_decay"] = args.wd_end + (args.weight_decay - args.wd_end) * fall
+    if args.wd_end is not None:  # the second group decays, see build
+        group["weight_decay"] = args.wd_end + (args.weight_decay - args.wd_end) * fall
 
 
 def masks_of(args, grid, count):
@@ -187,7 +187,7 @@ def diagnostics(args, embeddings):
     if args.recipe == "masked":
         pooled = sigreg.pool(*embeddings[:2])  # (B, D)
     else:
-        pooled = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B V, width)
+        pooled = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B G, width)
     erank, std = sigreg.effective_rank(pooled), sigreg.embedding_std(pooled)
     peak = {"gb": torch.cuda.max_memory_allocated() / 2**30} if pooled.is_cuda else {}
     return {"erank": erank.item(), "std": std.item()} | peak
@@ -225,10 +225,13 @@ def second_pass(forward, pieces, seed, gradients, modules):
                     stack.enter_context(getattr(module, "no_sync", nullcontext)())
             parts = forward(*piece())
             end = start + len(parts[0])
-            torch.autograd.backward(parts, [z[start:end] for z in gradients])
+            pairs = zip(parts, [z[start:end] for z in gradients], strict=True)
+            pairs = [pair for pair in pairs if pair[0].requires_grad]  # not --stop-grad's targets
+            torch.autograd.backward(*zip(*pairs, strict=True))
         start = end
 
 
+# ---------------------------------------------------------------------------------------- the loop
 def train(args, train_set, device, rank, world):
     """The loop: draw -> forward -> loss -> step -> log -> save, from the checkpoint's step on."""
     encoder, predictor, optimizer = build(args, device)
@@ -285,7 +288,7 @@ def train(args, train_set, device, rank, world):
                 row |= measured | {"lr": optimizer.param_groups[0]["lr"]}
                 seconds = time.perf_counter() - start
                 speed = (step - logged) * args.batch_size / seconds
-                row |= {"images_per_s": round(speed, 1), "wait": round(waited / seconds, 3)}
+                row |= {"images_per_s": round(speed, 3), "wait": round(waited / seconds, 3)}
                 write_log(args, row, last, rank, writer)
                 logged, start, waited = step, time.perf_counter(), 0.0
             if save_now and rank == 0:
@@ -381,7 +384,7 @@ def check_health(healthy, encoder, predictor, step, ckpt):
 
 
 def images_at_once(args, encoder, share, device):
-    """How many of a rank's `share` of images go at once: --micro-batch, or on GPUs what has room.
+    """How many of a rank's `share` images go at once: --micro-batch, or on GPUs what has room.
 
     A ViT's activations in bfloat16 come to 38 bytes a block, token and unit of width (measured for
     B, L and H); weights, gradients and AdamW's state to 16 bytes a parameter. A fifth is left free.
@@ -392,13 +395,18 @@ def images_at_once(args, encoder, share, device):
     if args.micro_batch or device.type != "cuda" or not hasattr(encoder, "blocks"):
         return args.micro_batch or share
     patches, local = encoder.grid**2, (args.local_size // encoder.patch_size) ** 2
-    tokens = 1.25 * patches
-    if args.recipe == "crops":
+    if args.recipe == "masked":  # targets, and somewhat more than half the image as context
+        asked = args.num_targets * sum(args.target_scale) / 2
+        tokens = (0.55 + (1 if args.targets == "full" else asked)) * patches
+    else:
         tokens = args.global_views * (patches + 1) + args.local_views * (local + 1)
     each = 38 * len(encoder.blocks) * encoder.dim * tokens * (1 if args.amp else 2)
     room = 0.8 * torch.cuda.get_device_properties(device).total_memory
     room -= 16 * sum(p.numel() for p in encoder.parameters())
-    return min(share, 2 ** max(int(math.log2(max(room / each, 1))), 0))
+    at_once = min(share, 2 ** int(math.log2(max(room / each, 1))))
+    if at_once < share and os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {at_once} images a GPU at once (--micro-batch) of its {share}")
+    return at_once
 
 
 def start_log(args, first, rank):
@@ -607,9 +615,9 @@ def open_data(data, root, split, seed=0, image_size=32):
 
 
 class Images(torch.utils.data.Dataset):
-    """Item (epoch, index) -> uint8 views (V, 3, S, S), local views (L, 3, s, s) and label.
+    """Item (epoch, index) -> uint8 views (G, 3, S, S), local views (L, 3, s, s) and label.
 
-    A pure function of seed, epoch and index. By default V = 1, resized and centre-cropped. With
+    A pure function of seed, epoch and index. By default G = 1, resized and centre-cropped. With
     num_global > 0: that many random resized crops and flips at full size, of a share `scale` to 1
     of the image, and num_local of 0.05 to `scale` at side local_size. Colours: see photometric.
     """
@@ -861,7 +869,7 @@ def resume(script, path, parts, settings, last, rank, world):
     if world > 1:
         dist.all_reduce(written)
     source = int(written.argmax())
-    found = [load_checkpoint(path, parts) if rank == source and written[rank] else None]
+    found = [load_checkpoint(path, ["encoder"]) if rank == source and written[rank] else None]
     if world > 1:
         dist.broadcast_object_list(found, src=source, device=torch.device("cpu"))
     saved = found[0]
@@ -930,7 +938,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
         ("directions", "one both", None, "", "both: the context from each target, too"),
         ("sigreg", "spectral legendre sketched none", None, "", "see sigreg.py"),
         ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
-        ("lam", float, None, 0, "weight of SIGReg, see sigreg.py"),
+        ("lam", float, None, 0, "weight of SIGReg; crops: lam and 1 - lam"),
         ("targets", "blocks full", "blocks", "", "full: patches of the encoded whole image"),
         ("stop-grad", bool, False, "", "no gradient through the targets"),
         ("ema", float, 0, 0, "targets by a teacher, the encoder's average with this momentum"),
@@ -944,7 +952,7 @@ OPTIONS = {  # group: (option, type or choices, default, least, effect); None: D
         ("lr", float, None, 0, "AdamW learning rate"),
         ("schedule", "constant cosine", "constant", "", "cosine: falls to 0 at the last step"),
         ("warmup-epochs", float, 0, 0, "epochs in which the rate rises from 0"),
-        ("weight-decay", float, None, 0, "AdamW's, not of biases and norms [0.05; ResNets 5e-4]"),
+        ("weight-decay", float, None, 0, "AdamW's, of weight matrices [0.05; ResNets 5e-4]"),
         ("wd-end", float, None, 0, "weight decay goes there along a cosine"),
         ("seed", int, 0, 0, "of weights, order, crops, masks, slices and the shapes"),
     ],
@@ -1047,7 +1055,7 @@ def default_text(name):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="train.py [options], or over N GPUs torchrun --nproc_per_node=N train.py [options]",
-        description=f"[default], by data: {KINDS}; then by recipe",
+        description=f"[default], by data, the last goes on: {KINDS}; by recipe",
         formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=33),
     )
     add_options(parser, OPTIONS, default_text)
@@ -1057,6 +1065,8 @@ def parse_args(argv=None):
         sys.exit("train.py: --lr and --min-context must be above 0, --ema below 1")
     if args.recipe == "crops" and (args.ema or args.stop_grad or args.targets == "full"):
         sys.exit("train.py: --ema, --stop-grad and --targets full are for --recipe masked")
+    if args.recipe == "crops" and (args.lam or 0) > 1:
+        sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
     return args
 
 
