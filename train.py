@@ -383,8 +383,8 @@ def check_health(healthy, encoder, predictor, step, ckpt):
         sys.exit(f"train.py: {what}; {ckpt} is as last saved; lower --lr or --lam")
 
 
-def images_at_once(args, encoder, share, device):
-    """How many of a rank's `share` images go at once: --micro-batch, or on GPUs what has room.
+def images_at_once(args, encoder, count, device):
+    """How many of a rank's `count` images go at once: --micro-batch, or on GPUs what has room.
 
     A ViT's activations in bfloat16 come to 38 bytes a block, token and unit of width (measured for
     B, L and H); weights, gradients and AdamW's state to 16 bytes a parameter. A fifth is left free.
@@ -393,7 +393,7 @@ def images_at_once(args, encoder, share, device):
         whole = f"{args.model} has batch norm, over the whole batch"
         sys.exit(f"train.py: {whole}; leave --micro-batch out")
     if args.micro_batch or device.type != "cuda" or not hasattr(encoder, "blocks"):
-        return args.micro_batch or share
+        return args.micro_batch or count
     patches, local = encoder.grid**2, (args.local_size // encoder.patch_size) ** 2
     if args.recipe == "masked":  # targets, and somewhat more than half the image as context
         asked = args.num_targets * sum(args.target_scale) / 2
@@ -403,9 +403,9 @@ def images_at_once(args, encoder, share, device):
     each = 38 * len(encoder.blocks) * encoder.dim * tokens * (1 if args.amp else 2)
     room = 0.8 * torch.cuda.get_device_properties(device).total_memory
     room -= 16 * sum(p.numel() for p in encoder.parameters())
-    at_once = min(share, 2 ** int(math.log2(max(room / each, 1))))
-    if at_once < share and os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {at_once} images a GPU at once (--micro-batch) of its {share}")
+    at_once = min(count, 2 ** int(math.log2(max(room / each, 1))))
+    if at_once < count and os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {at_once} images a GPU at once (--micro-batch) of its {count}")
     return at_once
 
 
