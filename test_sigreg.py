@@ -5,7 +5,6 @@ others say why.
 """
 
 import ast
-import copy
 import io
 import itertools
 import json
@@ -848,10 +847,10 @@ def test_heuristics_do_what_they_say():
     ):
         args = train.parse_args([*TINY, "--no-amp", *flags])
         train.fill_in(args, 20_000, 32, 1)
-        encoder, predictor, _ = train.build(args, torch.device("cpu"))
-        teacher = copy.deepcopy(encoder) if args.ema else None
-        modules = encoder, teacher, encoder, predictor
-        settings, forward, _ = train.recipe(args, *modules, torch.device("cpu"))
+        state = train.build(args, torch.device("cpu"))
+        encoder, teacher = state["encoder"], state.get("teacher")
+        modules = encoder, teacher, encoder, state["predictor"]
+        settings, forward, _ = train.recipe(args, (), *modules, torch.device("cpu"))
         context, targets = settings["make_masks"]()
         context, targets = context[:4], targets[:4]
         _, z_target, _ = forward([images, images], (context, targets))
@@ -870,7 +869,7 @@ def test_heuristics_do_what_they_say():
 def test_weight_decay_falls_to_its_end():
     args = train.parse_args([*TINY, "--weight-decay", "0", "--wd-end", "0.1"])
     train.fill_in(args, 20_000, 32, 1)
-    optimizer = train.build(args, torch.device("cpu"))[2]
+    optimizer = train.build(args, torch.device("cpu"))["optimizer"]
     for step, decay in ((1, 0.1 * (1 - math.cos(math.pi / 8)) / 2), (4, 0.05), (8, 0.1)):
         train.set_rates(optimizer, args, step, 8, 0)
         values = [group["weight_decay"] for group in optimizer.param_groups]
@@ -1631,18 +1630,20 @@ def step_gradients(arguments, size, dtype, world=1, rank=0):
     """Loss and parameter gradients of a first step in pieces of `size`, as in train's loop."""
     args = train.parse_args([*TINY, "--no-amp", *arguments])
     train.fill_in(args, 20_000, 32, world)
-    encoder, predictor, _ = train.build(args, torch.device("cpu"))
+    state = train.build(args, torch.device("cpu"))
+    encoder, predictor = state["encoder"], state["predictor"]
     modules = [m.to(dtype) for m in (encoder, predictor)]
     if world > 1:
         modules = [DistributedDataParallel(m) for m in modules]
-    settings, forward, loss_of = train.recipe(args, encoder, None, *modules, torch.device("cpu"))
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]
     images = torch.utils.data.Subset(train.Shapes(32), rows.tolist())
     whole = train.hold(images, 0, torch.device("cpu"))
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
+    modules = encoder, None, *modules
+    settings, forward, loss_of = train.recipe(args, crops, *modules, torch.device("cpu"))
 
     def draw(images, some):
-        views, masks = train.draw([images], 5, some, crops=crops, **settings)
+        views, masks = train.draw([images], 5, some, **settings)
         return [view.to(dtype) for view in views], masks
 
     parts = zip(whole.split(size), rows.split(size), strict=True)
@@ -1652,7 +1653,7 @@ def step_gradients(arguments, size, dtype, world=1, rank=0):
     loss = loss_of(*embeddings, regularizer=reg_of)[0]
     loss.backward()
     if len(pieces) > 1:
-        train.second_pass(forward, pieces, 7, [z.grad for z in embeddings], modules)
+        train.second_pass(forward, pieces, 7, [z.grad for z in embeddings], modules[2:])
     parameters = [*encoder.parameters(), *predictor.parameters()]
     assert all(p.grad is not None for p in parameters)
     return loss.detach(), torch.cat([p.grad.flatten() for p in parameters])

@@ -156,10 +156,10 @@ def masks_of(args, grid, count):
     return partial(make, count, grid, args.num_targets, args.target_scale, **context)
 
 
-def recipe(args, encoder, teacher, encode, predict, device):
+def recipe(args, crops, encoder, teacher, encode, predict, device):
     """By --recipe: what draw takes, forward: (views, masks) -> embeddings, and their loss."""
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
-    settings = {"batch_size": args.batch_size}
+    settings = {"batch_size": args.batch_size, "crops": crops}
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops, none for masked
         settings["colors"] = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
     if args.recipe == "crops":
@@ -181,16 +181,17 @@ def recipe(args, encoder, teacher, encode, predict, device):
 
 
 @torch.no_grad()
-def diagnostics(args, embeddings):
-    """Effective rank and standard deviation over all ranks, so call it on each: of each image's
-    mean token, or of its global crops' features before the projector. On GPUs the peak memory."""
+def diagnostics(args, loss, pred, reg, embeddings):
+    """What is logged: the losses, effective rank and standard deviation over all ranks, so call it
+    on each, of the images' mean tokens or global crops' features; on GPUs the peak memory."""
     if args.recipe == "masked":
         pooled = sigreg.pool(*embeddings[:2])  # (B, D)
     else:
         pooled = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B G, width)
     erank, std = sigreg.effective_rank(pooled), sigreg.embedding_std(pooled)
+    row = {"loss": loss, "pred": pred, args.sigreg: reg, "erank": erank, "std": std}
     peak = {"gb": torch.cuda.max_memory_allocated() / 2**30} if pooled.is_cuda else {}
-    return {"erank": erank.item(), "std": std.item()} | peak
+    return {name: value.item() for name, value in row.items()} | peak
 
 
 # ------------------------------------------------ draw and forward, `--micro-batch` images at once
@@ -234,25 +235,18 @@ def second_pass(forward, pieces, seed, gradients, modules):
 # ---------------------------------------------------------------------------------------- the loop
 def train(args, train_set, device, rank, world):
     """The loop: draw -> forward -> loss -> step -> log -> save, from the checkpoint's step on."""
-    encoder, predictor, optimizer = build(args, device)
+    state = build(args, device)
+    encoder, predictor, optimizer, teacher = (state.get(name) for name in (*PARTS, "teacher"))
     per_epoch = len(train_set) // args.batch_size
     last, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    state = dict(zip(PARTS, (encoder, predictor, optimizer), strict=True))
-    teacher = (
-        AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    )
-    state |= {"teacher": teacher} if args.ema else {}
-    same = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE.split()}
-    first = resume("train.py", Path(args.ckpt), state, same, last, rank, world)
+    first = resume("train.py", Path(args.ckpt), state, vars(args), last, rank, world)
     if first >= last:
         return
     share = torch.arange(args.batch_size).tensor_split(world)[rank]
-    steps = batches(len(train_set), args.batch_size, first, last, args.seed, share)
-    loader, crops = load(args, train_set, steps, device)
+    loader, crops = load(args, train_set, first, last, share, device)
     at_once = images_at_once(args, encoder, len(share), device)
     modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
-    settings, forward, loss_of = recipe(args, encoder, teacher, *modules, device)
-    draw_some = partial(draw, crops=crops, **settings)
+    settings, forward, loss_of = recipe(args, crops, encoder, teacher, *modules, device)
     writer, pool = start_log(args, first, rank), ThreadPoolExecutor(1)
     healthy, written = torch.ones((), dtype=torch.bool, device=device), None
     logged, start, waited, ready = first, time.perf_counter(), 0.0, time.perf_counter()
@@ -261,14 +255,14 @@ def train(args, train_set, device, rank, world):
             waited += time.perf_counter() - ready
             seed = args.seed * 100_003 + step
             parts = zip(share.split(at_once), *(x.split(at_once) for x in batch), strict=True)
-            pieces = [partial(draw_some, part, seed, some) for some, *part in parts]
+            pieces = [partial(draw, part, seed, some, **settings) for some, *part in parts]
             embeddings = first_pass(forward, pieces, seed * 1000)
             regularizer = make_regularizer(args.sigreg, args.slices, seed)
             loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
             loss.backward()
             loss, pred, reg = loss.detach(), pred.detach(), reg.detach()  # lets the graph go
             log_now = step % args.log_every == 0 or step == last
-            measured = diagnostics(args, embeddings) if log_now else {}
+            measured = diagnostics(args, loss, pred, reg, embeddings) if log_now else {}
             if len(pieces) > 1:
                 embeddings = [z.grad for z in embeddings]  # all that the second pass needs
                 second_pass(forward, pieces, seed * 1000, embeddings, modules)
@@ -283,12 +277,10 @@ def train(args, train_set, device, rank, world):
             if log_now or save_now:
                 check_health(healthy, encoder, predictor, step, args.ckpt)
             if log_now:
-                row = {"step": step, "epoch": (step - 1) // per_epoch, "loss": loss.item()}
-                row |= {"pred": pred.item(), args.sigreg: reg.item()}
-                row |= measured | {"lr": optimizer.param_groups[0]["lr"]}
+                row = {"step": step, "epoch": (step - 1) // per_epoch, **measured}
                 seconds = time.perf_counter() - start
-                speed = (step - logged) * args.batch_size / seconds
-                row |= {"images_per_s": round(speed, 3), "wait": round(waited / seconds, 3)}
+                row["lr"], row["wait"] = optimizer.param_groups[0]["lr"], round(waited / seconds, 3)
+                row["images_per_s"] = round((step - logged) * args.batch_size / seconds, 3)
                 write_log(args, row, last, rank, writer)
                 logged, start, waited = step, time.perf_counter(), 0.0
             if save_now and rank == 0:
@@ -336,7 +328,7 @@ def embed(features):
 
 
 def build(args, device):
-    """Encoder, predictor or projector, and AdamW without decay of biases, norms and embeddings."""
+    """By name: encoder, predictor or projector, AdamW that decays matrices, teacher or none."""
     torch.manual_seed(args.seed)
     try:
         encoder = build_encoder(args.model, args.image_size)
@@ -360,7 +352,11 @@ def build(args, device):
     if on_gpu and not hasattr(encoder, "blocks"):
         encoder.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
-    return encoder, predictor, optimizer
+    state = dict(zip(PARTS, (encoder, predictor, optimizer), strict=True))
+    if args.ema:
+        average = get_ema_multi_avg_fn(args.ema)
+        state["teacher"] = AveragedModel(encoder, multi_avg_fn=average)
+    return state
 
 
 def parallel(module, args, device, world):
@@ -755,7 +751,7 @@ def batches(num_images, batch_size, first, last, seed, rows):
         yield [(epoch, order[i * batch_size + row]) for row in rows.tolist()]
 
 
-def load(args, train_set, steps, device):
+def load(args, train_set, first, last, share, device):
     """What draw gets of this rank's images, step by step, on the device, and the crops it takes.
 
     Sets of small images of one size are held on the device as they are, and cropped there by draw;
@@ -765,6 +761,7 @@ def load(args, train_set, steps, device):
     if args.recipe == "crops":
         kinds = [(args.global_views, args.image_size, 0.3, 1)]
         kinds += [(args.local_views, args.local_size, 0.05, 0.3)] * (args.local_views > 0)
+    steps = batches(len(train_set), args.batch_size, first, last, args.seed, share)
     whole = hold(train_set, args.workers, device)
     if whole is not None and (kinds or whole.shape[2:] == (args.image_size, args.image_size)):
         indices = (send(torch.tensor([i for _, i in keys]), device) for keys in steps)
@@ -876,7 +873,7 @@ def resume(script, path, parts, settings, last, rank, world):
     if saved is None:
         return 0
     for name, value in settings.items():
-        if saved["args"].get(name) != value:
+        if name not in MAY_CHANGE.split() and saved["args"].get(name) != value:
             was = f"{path} was trained with {name}={saved['args'].get(name)}"
             repeat = "repeat that setting or choose another file"
             sys.exit(f"{script}: {was}, this command says {value}; {repeat}")
