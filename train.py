@@ -901,7 +901,7 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
     "sigreg_on":    ("pooled",   "tokens",   "tokens",   "tokens",     "tokens"),
     "batch_size":   (256,        256,        256,        256,          4096),
     "epochs":       (5,          100,        100,        300,          300),
-    "lr":           (1e-3,       1e-3,       1e-3,       1e-3,         1.5e-4),
+    "lr":           (1e-3,       2e-3,       1e-3,       1e-3,         1.5e-4),
 }
 MASKED_ONLY = "masks_per num_targets target_scale min_context pred directions sigreg_on"
 RECIPES = {  # what the recipe then says
