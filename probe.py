@@ -72,7 +72,9 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=500, work
     device = next(encoder.parameters()).device if encoder else torch.device("cpu")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if len(images) < world:
-        raise ValueError(f"probe.py: {len(images)} images are too few for {world} ranks; take less")
+        raise ValueError(
+            f"probe.py: {len(images)} images are too few for {world} ranks: fewer ranks"
+        )
     bounds = [len(images) * r // world for r in range(world + 1)]
     first, last = bounds[rank], bounds[rank + 1]
     chunks = [range(at, min(at + batch_size, last)) for at in range(first, last, batch_size)]
@@ -301,7 +303,6 @@ def frozen_probes(encoder, train_set, val_set, options, device):
         if more:
             four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
             result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
-            result["linear4_protocol"] = f"of {options.blocks} blocks: {four['linear_protocol']}"
     except ValueError as error:
         sys.exit(str(error))
     protocol = f"of {data[0].shape[1]}, validation images"
@@ -577,11 +578,14 @@ def open_splits(data, root, seed, size):
     return sources
 
 
-def show(result, about):
-    """A line a number, with what it is about and its protocol."""
+def show(result, about, options):
+    """A line a number, with what it is about, the features it is of and its protocol."""
     for name in [name for name in result if f"{name}_protocol" in result]:
         unit, protocol = "" if name == "erank" else "%", result[f"{name}_protocol"]
-        print(f"{name} {result[name]:.2f}{unit}  |  {about}, {protocol}")
+        blocks = options.blocks if name == "linear4" else options.layers
+        features = f"{options.pool} pooling, blocks from the last: {blocks}"
+        features = "16 x 16 pixels" if options.pixels else features
+        print(f"{name} {result[name]:.2f}{unit}  |  {about}, {features}, {protocol}")
 
 
 def summarize(results):
@@ -639,9 +643,7 @@ def main(argv=None):
                 about |= {"train": len(sources[0]), "val": len(sources[1])}
                 about |= {"commit": commit(), "torch": torch.__version__}
                 of = f"{about['train']:,} training, {about['val']:,} validation images at {size} px"
-                features = f"{options.pool} pooling, last {options.layers} layers"
-                features = "16 x 16 pixels" if options.pixels else features
-                show(found, f"{who} on {data}: {of}, {features}, seed {options.seed}")
+                show(found, f"{who} on {data}: {of}, seed {options.seed}", options)
                 results.append(about | found)
         same = (torch.equal(value, before[n]) for n, value in encoder.state_dict().items())
         assert all(same), "the probe moved the frozen encoder"

@@ -145,8 +145,9 @@ def set_rates(optimizer, args, step, last, warmup):
     fall = 0.5 * (1 + math.cos(math.pi * step / last))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
-    if args.wd_end is not None:  # the second group decays, see build
-        group["weight_decay"] = args.wd_end + (args.weight_decay - args.wd_end) * fall
+    if args.wd_end is not None:
+        decayed = optimizer.param_groups[1]  # see build
+        decayed["weight_decay"] = args.wd_end + (args.weight_decay - args.wd_end) * fall
 
 
 def masks_of(args, grid, count):
