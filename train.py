@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -142,12 +142,11 @@ def learning_rate(step, last, lr, warmup=0, schedule="constant"):
 
 def set_rates(optimizer, args, step, last, warmup):
     """The step's learning rate, and weight decay on its way along half a cosine to --wd-end."""
-    fall = 0.5 * (1 + math.cos(math.pi * step / last))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
-    if args.wd_end is not None:
-        decayed = optimizer.param_groups[1]  # see build
-        decayed["weight_decay"] = args.wd_end + (args.weight_decay - args.wd_end) * fall
+    if args.wd_end is not None:  # of the matrices: see build
+        fall = learning_rate(step, last, args.weight_decay - args.wd_end, 0, "cosine")
+        optimizer.param_groups[1]["weight_decay"] = args.wd_end + fall
 
 
 def masks_of(args, grid, count):
@@ -221,15 +220,13 @@ def second_pass(forward, pieces, seed, gradients, modules):
     start = 0
     for i, piece in enumerate(pieces):
         torch.manual_seed(seed + i)
-        with ExitStack() as stack:
-            if i + 1 < len(pieces):
-                for module in modules:
-                    stack.enter_context(getattr(module, "no_sync", nullcontext)())
-            parts = forward(*piece())
-            end = start + len(parts[0])
-            pairs = zip(parts, [z[start:end] for z in gradients], strict=True)
-            pairs = [pair for pair in pairs if pair[0].requires_grad]  # not --stop-grad's targets
-            torch.autograd.backward(*zip(*pairs, strict=True))
+        for module in modules:
+            module.require_backward_grad_sync = i + 1 == len(pieces)  # DDP's, what no_sync sets
+        parts = forward(*piece())
+        end = start + len(parts[0])
+        pairs = zip(parts, [z[start:end] for z in gradients], strict=True)
+        pairs = [pair for pair in pairs if pair[0].requires_grad]  # not --stop-grad's targets
+        torch.autograd.backward(*zip(*pairs, strict=True))
         start = end
 
 
@@ -336,9 +333,8 @@ def build(args, device):
         if args.recipe == "crops":
             predictor = projector(encoder.dim, args.proj_dim)  # kept under the predictor's name
         elif not hasattr(encoder, "grid"):
-            wanted = "take a vit_{n,t,s,b,l,h}{patch} or --recipe crops"
-            reason = f"--recipe masked needs patch tokens and {args.model} has none"
-            raise ValueError(f"train.py: {reason}; {wanted}")
+            has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
+            raise ValueError(f"train.py: patch tokens: {has_none} or --recipe crops")
         else:
             masks_of(args, encoder.grid, 1)()  # ValueError where the settings are impossible
             make = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor]
@@ -376,8 +372,7 @@ def check_health(healthy, encoder, predictor, step, ckpt):
     """Ends the run if a loss was non-finite or a weight is: a finite loss can do it to one."""
     weights = [*encoder.parameters(), *predictor.parameters()]
     if not healthy or not all(p.isfinite().all() for p in weights):
-        what = f"the loss or a weight became non-finite by step {step}"
-        sys.exit(f"train.py: {what}; {ckpt} is as last saved; lower --lr or --lam")
+        sys.exit(f"train.py: loss or weight non-finite by step {step}: lower --lr; {ckpt} is whole")
 
 
 def images_at_once(args, encoder, count, device):
@@ -386,9 +381,8 @@ def images_at_once(args, encoder, count, device):
     A ViT's activations in bfloat16 come to 38 bytes a block, token and unit of width (measured for
     B, L and H); weights, gradients and AdamW's state to 16 bytes a parameter. A fifth is left free.
     """
-    if any("BatchNorm" in type(m).__name__ for m in encoder.modules()) and args.micro_batch:
-        whole = f"{args.model} has batch norm, over the whole batch"
-        sys.exit(f"train.py: {whole}; leave --micro-batch out")
+    if args.micro_batch and any("BatchNorm" in type(m).__name__ for m in encoder.modules()):
+        sys.exit(f"train.py: {args.model} has batch norm, of whole batches; no --micro-batch then")
     if args.micro_batch or device.type != "cuda" or not hasattr(encoder, "blocks"):
         return args.micro_batch or count
     patches, local = encoder.grid**2, (args.local_size // encoder.patch_size) ** 2
@@ -600,11 +594,9 @@ def open_data(data, root, split, seed=0, image_size=32):
             sys.exit(f"train.py: --data {data} is not in {root} and cannot be had: {error}")
     folder = Path(data)
     if not folder.is_dir():
-        names = " ".join(DATASETS)
-        sys.exit(f"train.py: --data {data} is neither a folder nor one of shapes {names}")
+        sys.exit(f"train.py: --data {data}: no such folder; or take shapes {' '.join(DATASETS)}")
     if not (folder / split).is_dir():
-        wanted = f"{folder}/{split}/<class>/<image files>"
-        sys.exit(f"train.py: {folder} has no {split}/ folder; expected {wanted}")
+        sys.exit(f"train.py: {folder} has no {split}/ folder, with <class>/<image files> in it")
     try:
         return datasets.ImageFolder(folder / split, to_array, loader=read_image)
     except FileNotFoundError as error:  # no class folder, or one without images
@@ -726,10 +718,8 @@ def blur(x, sigma):
     """Gaussian blur of x (B, 3, H, W), sigma (B, 1) pixels; 23 pixels wide at 224, as in DINO."""
     radius = max(round(x.shape[-1] / 20), 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
-    weights = torch.exp(-offsets.square() / (2 * sigma.square()))
-    weights = (weights / weights.sum(1, keepdim=True)).T[
-        ..., None, None, None
-    ]  # (taps, B, 1, 1, 1)
+    weights = torch.exp(-offsets.square() / (2 * sigma.square()))  # (B, taps)
+    weights = (weights / weights.sum(1, keepdim=True)).T[..., None, None, None]
     y = F.pad(x, [radius] * 4, mode="reflect")
     y = sum(w * y[:, :, i : i + x.shape[2]] for i, w in enumerate(weights))
     return sum(w * y[..., i : i + x.shape[3]] for i, w in enumerate(weights))
@@ -836,8 +826,7 @@ def save(state, path, script):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
         temporary.unlink(missing_ok=True)
-        why = str(error).splitlines()[0]
-        sys.exit(f"{script}: cannot write {path}, its last save is whole; make room ({why})")
+        sys.exit(f"{script}: cannot write {path}, left as it was: {str(error).splitlines()[0]}")
 
 
 def load_checkpoint(path, parts=PARTS):
@@ -846,11 +835,11 @@ def load_checkpoint(path, parts=PARTS):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         sys.exit(f"train.py: no checkpoint {path}; python train.py --ckpt {path} makes one")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        what = f"truncated or not a checkpoint of train.py ({type(error).__name__})"
-        sys.exit(f"train.py: {path} is {what}; delete it or choose another --ckpt")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        saved = None
     if not isinstance(saved, dict) or not {*parts, "step", "args"} <= saved.keys():
-        sys.exit(f"train.py: {path} is not a checkpoint of train.py; choose another --ckpt")
+        wrong = "truncated or not a checkpoint of train.py; delete it or choose another --ckpt"
+        sys.exit(f"train.py: {path} is {wrong}")
     return saved
 
 
@@ -876,8 +865,7 @@ def resume(script, path, parts, settings, last, rank, world):
     for name, value in settings.items():
         if name not in MAY_CHANGE.split() and saved["args"].get(name) != value:
             was = f"{path} was trained with {name}={saved['args'].get(name)}"
-            repeat = "repeat that setting or choose another file"
-            sys.exit(f"{script}: {was}, this command says {value}; {repeat}")
+            sys.exit(f"{script}: {was}, this command says {value}; one must change")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     step = saved["step"]
@@ -909,60 +897,55 @@ RECIPES = {  # what the recipe then says
     "masked":       {"sigreg": "legendre", "lam": 1.0},
     "crops":        {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
 }
-OPTIONS = {  # group: (option, type or choices, default, least, effect); None: DEFAULTS, or fill_in
-    "data": [
-        ("data", str, "shapes", "", "a folder with train/ and val/, or embedded: shapes"),
-        ("data-root", str, "data", "", "where torchvision's data sets are downloaded to"),
-        ("image-size", int, None, 1, "pixels, a multiple of the patch [small images: theirs; 224]"),
-        ("augment", "none crop color", None, "", "color: crop, and colours"),
-        ("global-views", int, 2, 1, "crops: views of 0.3 to 1 of the image, at full size"),
-        ("local-views", int, 6, 0, "crops: views of 0.05 to 0.3 of the image"),
-        ("local-size", int, None, 1, "crops: pixels of local views [0.43 of the image size]"),
-        ("workers", int, None, 0, "processes that load images; speed only [cores, at most 8]"),
-    ],
-    "model": [
-        ("recipe", "masked crops", "masked", "", "A: predict hidden patches; B: embed crops alike"),
-        ("model", str, None, "", "vit_{n,t,s,b,l,h}{patch}; crops: resnet18 ..."),
-        ("predictor", "mlp transformer", "mlp", "", "from the pooled context, or attending to it"),
-        ("proj-dim", int, 64, 1, "crops: width of the projection that the loss sees"),
-        ("masks", "blocks random", "blocks", "", "targets are rectangles, or scattered patches"),
-        ("masks-per", "batch image", None, "", "batch: one for all, its outline is no shortcut"),
-        ("num-targets", int, None, 1, "target blocks an image"),
-        ("target-scale", [float, float], None, "", "share of patches in a target"),
-        ("min-context", float, None, 0, "least share of patches for the context"),
-    ],
-    "loss": [
-        ("pred", "relative mse", None, "", "relative: share unexplained, shrinking gains nothing"),
-        ("directions", "one both", None, "", "both: the context from each target, too"),
-        ("sigreg", "spectral legendre sketched none", None, "", "see sigreg.py"),
-        ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
-        ("lam", float, None, 0, "weight of SIGReg; crops: lam and 1 - lam"),
-        ("targets", "blocks full", "blocks", "", "full: patches of the encoded whole image"),
-        ("stop-grad", bool, False, "", "no gradient through the targets"),
-        ("ema", float, 0, 0, "targets by a teacher, the encoder's average with this momentum"),
-        ("slices", int, 1024, 1, "random directions a step of sketched SIGReg"),
-    ],
-    "optimization": [
-        ("batch-size", int, None, "", "images a step over all ranks"),
-        ("micro-batch", int, None, 1, "images a rank at once, exact all the same [what has room]"),
-        ("epochs", int, None, 1, "passes over the data"),
-        ("steps", int, None, 1, "stop after so many steps, whatever --epochs says"),
-        ("lr", float, None, 0, "AdamW learning rate"),
-        ("schedule", "constant cosine", "constant", "", "cosine: falls to 0 at the last step"),
-        ("warmup-epochs", float, 0, 0, "epochs in which the rate rises from 0"),
-        ("weight-decay", float, None, 0, "AdamW's, of weight matrices [0.05; ResNets 5e-4]"),
-        ("wd-end", float, None, 0, "weight decay goes there along a cosine"),
-        ("seed", int, 0, 0, "of weights, order, crops, masks, slices and the shapes"),
-    ],
-    "run": [
-        ("ckpt", str, "ckpt.pt", "", "written to, and continued from where it exists"),
-        ("save-every", int, 500, 1, "steps between checkpoints"),
-        ("log-every", int, 50, 1, "steps between lines of the log"),
-        ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "", "cuda or cpu"),
-        ("amp", bool, None, "", "bfloat16 autocast of encoder, predictor [where there are units]"),
-        ("compile", bool, False, "", "torch.compile: slow start, faster steps"),
-    ],
-}
+OPTIONS = [  # group, or option, type or choices, default (None: see above, fill_in), least, effect
+    "data",
+    ("data", str, "shapes", "", "a folder with train/ and val/, or embedded: shapes"),
+    ("data-root", str, "data", "", "where torchvision's data sets are downloaded to"),
+    ("image-size", int, None, 1, "pixels, a multiple of the patch [small images: theirs; 224]"),
+    ("augment", "none crop color", None, "", "color: crop, and colours"),
+    ("global-views", int, 2, 1, "crops: views of 0.3 to 1 of the image, at full size"),
+    ("local-views", int, 6, 0, "crops: views of 0.05 to 0.3 of the image"),
+    ("local-size", int, None, 1, "crops: pixels of local views [0.43 of the image size]"),
+    ("workers", int, None, 0, "processes that load images; speed only [cores, at most 8]"),
+    "model",
+    ("recipe", "masked crops", "masked", "", "A: predict hidden patches; B: embed crops alike"),
+    ("model", str, None, "", "vit_{n,t,s,b,l,h}{patch}; crops: resnet18 ..."),
+    ("predictor", "mlp transformer", "mlp", "", "from the pooled context, or attending to it"),
+    ("proj-dim", int, 64, 1, "crops: width of the projection that the loss sees"),
+    ("masks", "blocks random", "blocks", "", "targets are rectangles, or scattered patches"),
+    ("masks-per", "batch image", None, "", "batch: one for all, its outline is no shortcut"),
+    ("num-targets", int, None, 1, "target blocks an image"),
+    ("target-scale", [float, float], None, "", "share of patches in a target"),
+    ("min-context", float, None, 0, "least share of patches for the context"),
+    "loss",
+    ("pred", "relative mse", None, "", "relative: share unexplained, shrinking gains nothing"),
+    ("directions", "one both", None, "", "both: the context from each target, too"),
+    ("sigreg", "spectral legendre sketched none", None, "", "see sigreg.py"),
+    ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
+    ("lam", float, None, 0, "weight of SIGReg; crops: lam and 1 - lam"),
+    ("targets", "blocks full", "blocks", "", "full: patches of the encoded whole image"),
+    ("stop-grad", bool, False, "", "no gradient through the targets"),
+    ("ema", float, 0, 0, "targets by a teacher, the encoder's average with this momentum"),
+    ("slices", int, 1024, 1, "random directions a step of sketched SIGReg"),
+    "optimization",
+    ("batch-size", int, None, "", "images a step over all ranks"),
+    ("micro-batch", int, None, 1, "images a rank at once, exact all the same [what has room]"),
+    ("epochs", int, None, 1, "passes over the data"),
+    ("steps", int, None, 1, "stop after so many steps, whatever --epochs says"),
+    ("lr", float, None, 0, "AdamW learning rate"),
+    ("schedule", "constant cosine", "constant", "", "cosine: falls to 0 at the last step"),
+    ("warmup-epochs", float, 0, 0, "epochs in which the rate rises from 0"),
+    ("weight-decay", float, None, 0, "AdamW's, of weight matrices [0.05; ResNets 5e-4]"),
+    ("wd-end", float, None, 0, "weight decay goes there along a cosine"),
+    ("seed", int, 0, 0, "of weights, order, crops, masks, slices and the shapes"),
+    "run",
+    ("ckpt", str, "ckpt.pt", "", "written to, and continued from where it exists"),
+    ("save-every", int, 500, 1, "steps between checkpoints"),
+    ("log-every", int, 50, 1, "steps between lines of the log"),
+    ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "", "cuda or cpu"),
+    ("amp", bool, None, "", "bfloat16 autocast of encoder, predictor [where there are units]"),
+    ("compile", bool, False, "", "torch.compile: slow start, faster steps"),
+]
 # fmt: on
 
 
@@ -990,11 +973,9 @@ def fill_in(args, count, side, world):
         args.image_size = 224 // patch * patch if few else max(side // patch, 2) * patch
     if args.local_size is None:
         args.local_size = max(round(0.43 * args.image_size / patch), 1) * patch
-    if not 2 <= args.batch_size <= count:
-        limits = f"from 2 (SIGReg compares images) to the {count} images of the data"
+    if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
+        limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
-    if args.batch_size < world:
-        sys.exit(f"train.py: --batch-size {args.batch_size} leaves some of {world} ranks no image")
     return chosen | {"image_size": args.image_size}
 
 
@@ -1017,25 +998,27 @@ def shorter_side(data):
 
 def add_options(parser, options, text_of=lambda name: None):
     """Adds the rows of a table such as OPTIONS; text_of: name -> what [default] says, or None."""
-    for group, rows in options.items():
-        add = parser.add_argument_group(group).add_argument
-        for name, kind, default, _, effect in rows:
-            said = text_of(name.replace("-", "_")) or default
-            help = effect if said is None or said is False else f"{effect} [{said}]"
-            if kind is bool:
-                action = "store_true" if default is False else argparse.BooleanOptionalAction
-                add(f"--{name}", action=action, default=default, help=help)
-            elif kind == [float, float]:
-                add(f"--{name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
-            elif isinstance(kind, str):
-                add(f"--{name}", choices=kind.split(), default=default, help=help)
-            else:
-                add(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=help)
+    for row in options:
+        if isinstance(row, str):
+            add = parser.add_argument_group(row).add_argument
+            continue
+        name, kind, default, _, effect = row
+        said = text_of(name.replace("-", "_")) or default
+        help = effect if said is None or said is False else f"{effect} [{said}]"
+        if kind is bool:
+            action = "store_true" if default is False else argparse.BooleanOptionalAction
+            add(f"--{name}", action=action, default=default, help=help)
+        elif kind == [float, float]:
+            add(f"--{name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
+        elif isinstance(kind, str):
+            add(f"--{name}", choices=kind.split(), default=default, help=help)
+        else:
+            add(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=help)
 
 
 def check_options(script, args, options):
     """Exits in one line that names the first option below its least number, or not a number."""
-    for name, _, _, least, _ in [row for rows in options.values() for row in rows]:
+    for name, _, _, least, _ in [row for row in options if not isinstance(row, str)]:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and least != "" and not value >= least:
             sys.exit(f"{script}: --{name} {value} must be at least {least}")
