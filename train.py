@@ -759,9 +759,17 @@ def load(args, train_set, first, last, share, device):
         return ([whole[i] if kinds else whole[i][:, None]] for i in indices), kinds
     views = {f"num_{name}": kind[0] for name, kind in zip(("global", "local"), kinds, strict=False)}
     images = Images(train_set, args.image_size, **views, local_size=args.local_size, seed=args.seed)
-    pin = device.type == "cuda"
-    loader = read(images, args.workers, batch_sampler=steps, pin_memory=pin)
-    return ([x.to(device, non_blocking=True) for x in parts[:2]] for parts in loader), ()
+    # 16 images a message: workers keep two each in shared memory, of which Docker gives 64 MB
+    some = (keys[i : i + 16] for keys in steps for i in range(0, len(keys), 16))
+    loader = read(images, args.workers, batch_sampler=some, pin_memory=device.type == "cuda")
+    of_a_step = zip(*[loader] * -(-len(share) // 16), strict=True)
+    return (on_device(messages, device) for messages in of_a_step), ()
+
+
+def on_device(messages, device):
+    """Loaded (views, local views, labels), several: all views and local views on the device."""
+    views, local, _ = zip(*messages, strict=True)
+    return [torch.cat([x.to(device, non_blocking=True) for x in part]) for part in (views, local)]
 
 
 def hold(data, workers, device):
