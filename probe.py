@@ -548,7 +548,7 @@ def load_encoder(options, checkpoint):
     if is_vit and options.layers > len(encoder.blocks):
         sys.exit(f"probe.py: --layers {options.layers}: {name} has {len(encoder.blocks)} blocks")
     if is_vit and options.image_size and options.image_size % encoder.patch_size:
-        sys.exit(f"probe.py: --image-size must be a multiple of {name}'s {encoder.patch_size}")
+        sys.exit(f"probe.py: --image-size of {name} must be a multiple of {encoder.patch_size}")
     if not options.untrained:
         encoder.load_state_dict(checkpoint["encoder"])  # strict: exactly these names and shapes
     return encoder

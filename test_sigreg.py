@@ -620,6 +620,22 @@ def jpeg_folder(folder, per_class=12, classes=2, size=40):
     return folder
 
 
+def test_loaded_batches_are_whole_and_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "hold", lambda *arguments: None)  # as if the sizes differed
+    folder, share = jpeg_folder(tmp_path, per_class=20), torch.arange(37)
+    options = ["--data", str(folder), "--batch-size", "37", "--workers", "1", "--device", "cpu"]
+    args = train.parse_args(options)
+    data = train.open_data(args.data, "", "train")
+    train.fill_in(args, len(data), 40, world=1)
+    loader, kinds = train.load(args, data, 0, 2, share, torch.device("cpu"))
+    images = train.Images(data, 40, num_global=1, local_size=args.local_size, seed=args.seed)
+    steps = train.batches(len(data), 37, 0, 2, args.seed, share)
+    for (views, local), keys in zip(loader, steps, strict=True):  # 37 images: three messages
+        assert torch.equal(views, torch.stack([images[key][0] for key in keys]))
+        assert local.shape[:2] == (37, 0)
+    assert kinds == ()
+
+
 def test_log_and_checkpoint(trained):
     folder, checkpoint = trained
     assert (
@@ -1302,7 +1318,7 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
         probe.main(probe_photos)
     for extra, match in (
         (["--layers", "9"], "vit_n8 has 4 blocks"),
-        (["--image-size", "33"], "multiple of vit_n8's 8"),
+        (["--image-size", "33"], "--image-size of vit_n8 must be a multiple of 8"),
         (["--shots", "0"], "at least 1"),
         (["--data", "a", "b", "--pca", "x.png"], "one data set"),
         (["--lr", "0"], "--lr 0.0 must be at least"),

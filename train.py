@@ -843,11 +843,11 @@ def load_checkpoint(path, parts=PARTS):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         sys.exit(f"train.py: no checkpoint {path}; python train.py --ckpt {path} makes one")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        saved = None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        saved = error
     if not isinstance(saved, dict) or not {*parts, "step", "args"} <= saved.keys():
-        wrong = "truncated or not a checkpoint of train.py; delete it or choose another --ckpt"
-        sys.exit(f"train.py: {path} is {wrong}")
+        what = f"truncated or not a checkpoint of train.py ({type(saved).__name__})"
+        sys.exit(f"train.py: {path} is {what}; choose another --ckpt")
     return saved
 
 
@@ -873,7 +873,7 @@ def resume(script, path, parts, settings, last, rank, world):
     for name, value in settings.items():
         if name not in MAY_CHANGE.split() and saved["args"].get(name) != value:
             was = f"{path} was trained with {name}={saved['args'].get(name)}"
-            sys.exit(f"{script}: {was}, this command says {value}; one must change")
+            sys.exit(f"{script}: {was}, this command says {value}; repeat that or move it")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     step = saved["step"]
