@@ -1516,6 +1516,9 @@ def test_images_are_a_function_of_seed_epoch_and_index():
     assert not torch.equal(views[0], views[1]) and not torch.equal(local[0], local[1])
 
 
+TABLES = [train.constant(name, torch.device("cpu")) for name in ("luma", "hue")]
+
+
 def test_photometric_is_torchvisions_with_the_same_factors():
     from torchvision.transforms.v2 import functional as tv
 
@@ -1524,7 +1527,7 @@ def test_photometric_is_torchvisions_with_the_same_factors():
         torch.rand(40, 9, generator=generator(1)),
     )
     u[:, 3] = 0.5  # no turn of the hue: the two turn it in different planes
-    out = train.photometric(x, u, 0.5, 0.2)
+    out = train.photometric(x, u, *TABLES, 0.5, 0.2)
     seen = set()
     for image, draw, got in zip(x, u.tolist(), out, strict=False):
         seen |= {
@@ -1553,9 +1556,17 @@ def test_photometric_is_torchvisions_with_the_same_factors():
     u[:8, :3] = 0.5
     u[:8, 3] = torch.rand(8, generator=generator(2))
     assert torch.allclose(
-        train.photometric(gray, u[:8]), gray, atol=1e-3
+        train.photometric(gray, u[:8], *TABLES), gray, atol=1e-3
     )  # no hue to turn; the luma weights sum to 0.9999
-    assert not torch.allclose(train.photometric(x[:8], u[:8]), x[:8], atol=1e-2)
+    assert not torch.allclose(train.photometric(x[:8], u[:8], *TABLES), x[:8], atol=1e-2)
+
+
+def test_photometric_compiles_to_one_graph():
+    x, u = torch.rand(6, 3, 32, 32, generator=generator()), torch.rand(6, 9, generator=generator(1))
+    whole = torch.compile(train.photometric, backend="aot_eager", dynamic=False, fullgraph=True)
+    for size in (32, 14):
+        args = x[..., :size, :size], u, *TABLES, 0.5, 0.2
+        torch.testing.assert_close(whole(*args), train.photometric(*args))
 
 
 def test_batches_cover_an_epoch_over_ranks():

@@ -56,8 +56,8 @@ def draw(batch, seed, share, batch_size, crops=(), make_masks=None, colors=None)
     into the global batch: global crops (B, G, 3, S, S) and local ones (B, L, 3, s, s), or small
     images as they are, (B, 3, H, W), with crops: (count, size, least and most share of the image)
     of each kind to take. make_masks: generator -> (context, targets), for the global batch or one
-    for all images; colors: (p of blur, p of solarize), or None. Every rank draws for the whole
-    batch and takes its share: any number of ranks sees the same. Returns
+    for all images; colors: (photometric, p of blur, p of solarize), or None. Every rank draws for
+    the whole batch and takes its share: any number of ranks sees the same. Returns
 
     views: G + L of (B, 3, size, size), normalised; with masks, one for context, one for targets;
     masks: context (B, Nc) and targets (B, K, Nt), or None.
@@ -74,7 +74,9 @@ def draw(batch, seed, share, batch_size, crops=(), make_masks=None, colors=None)
         views = [*views, *views]
     if colors:
         draws = send(torch.rand(len(views), batch_size, 9, generator=generator)[:, share], device)
-        views = [photometric(view, u, *colors) for view, u in zip(views, draws, strict=True)]
+        change, tables = colors[0], (constant("luma", device), constant("hue", device))
+        some = zip(views, draws, strict=True)
+        views = [change(view, u, *tables, *colors[1:]) for view, u in some]
     return [normalize(view) for view in views], masks
 
 
@@ -161,7 +163,8 @@ def recipe(args, crops, encoder, teacher, encode, predict, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     settings = {"batch_size": args.batch_size, "crops": crops}
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops, none for masked
-        settings["colors"] = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
+        change = torch.compile(photometric, dynamic=False) if args.compile else photometric
+        settings["colors"] = (change, *((0.5, 0.2) if args.recipe == "crops" else (0, 0)))
     if args.recipe == "crops":
         forward = partial(crops_forward, encode, args.global_views)
         project, views = autocast(lambda y: predict(y)), args.global_views
@@ -683,26 +686,26 @@ def constant(name, device):
     return torch.tensor(table[name], dtype=torch.float32, device=device)
 
 
-def photometric(x, u, p_blur=0.0, p_solarize=0.0):
+def photometric(x, u, luma, hue_turn, p_blur=0.0, p_solarize=0.0):
     """Colour jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grayscale with p 0.2, blur and solarize.
 
-    x (B, 3, H, W) float in [0, 1], u (B, 9) uniform draws in [0, 1) -> as x, each image by draws of
-    its own: what torchvision does to one image at a time, on the whole batch and its device.
-    Brightness, contrast, saturation, hue always in this order; hue turns in the YIQ plane, not in
-    HSV.
+    x (B, 3, H, W) float in [0, 1], u (B, 9) uniform draws in [0, 1), luma and hue_turn: constant's,
+    given, as torch.compile would make them anew each time -> as x, each image by draws of its own:
+    what torchvision does to one image at a time, on the whole batch and its device. Brightness,
+    contrast, saturation, hue always in this order; hue turns in the YIQ plane, not in HSV.
     """
     u = u.T[..., None, None, None]  # (9, B, 1, 1, 1)
     brightness, contrast, saturation, hue, jittered, grayed, sigma, blurred, solarized = u
 
     def gray(x):
-        return (x * constant("luma", x.device)).sum(1, keepdim=True)
+        return (x * luma).sum(1, keepdim=True)
 
     y = (x * (1 + (2 * brightness - 1) * 0.4)).clamp(0, 1)
     mean = gray(y).mean((2, 3), keepdim=True)
     y = (mean + (1 + (2 * contrast - 1) * 0.4) * (y - mean)).clamp(0, 1)
     y = (gray(y) + (1 + (2 * saturation - 1) * 0.2) * (y - gray(y))).clamp(0, 1)
     angle = 2 * math.pi * 0.1 * (2 * hue[:, 0] - 1)  # (B, 1, 1)
-    still, cos, sin = constant("hue", x.device)
+    still, cos, sin = hue_turn
     turn = still + angle.cos() * cos + angle.sin() * sin  # (B, 3, 3)
     y = (turn @ y.flatten(2)).view_as(y).clamp(0, 1)
     x = torch.where(jittered < 0.8, y, x)
