@@ -1561,12 +1561,18 @@ def test_photometric_is_torchvisions_with_the_same_factors():
     assert not torch.allclose(train.photometric(x[:8], u[:8], *TABLES), x[:8], atol=1e-2)
 
 
-def test_photometric_compiles_to_one_graph():
-    x, u = torch.rand(6, 3, 32, 32, generator=generator()), torch.rand(6, 9, generator=generator(1))
-    whole = torch.compile(train.photometric, backend="aot_eager", dynamic=False, fullgraph=True)
-    for size in (32, 14):
-        args = x[..., :size, :size], u, *TABLES, 0.5, 0.2
-        torch.testing.assert_close(whole(*args), train.photometric(*args))
+def test_cropping_and_colours_compile_to_one_graph_each():
+    x, u = (
+        torch.rand(6, 3, 32, 32, generator=generator()),
+        torch.rand(6, 23, generator=generator(1)),
+    )
+    whole = partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)
+    crop, recolor = whole(train.resized_crop), whole(train.photometric)
+    for size, *scale in ((32, 0.3, 1), (14, 0.05, 0.3)):
+        view = train.resized_crop(x, u, size, scale)
+        torch.testing.assert_close(crop(x, u, size, scale), view)
+        args = view, u[:, :9], *TABLES, 0.5, 0.2
+        torch.testing.assert_close(recolor(*args), train.photometric(*args))
 
 
 def test_batches_cover_an_epoch_over_ranks():

@@ -49,15 +49,16 @@ from model import MLPPredictor, TransformerPredictor, gather_tokens, projector, 
 
 
 # ------------------------------------------------------------ the algorithm: draw, forward, loss
-def draw(batch, seed, share, batch_size, crops=(), make_masks=None, colors=None):
+def draw(batch, seed, share, batch_size, crop, recolor, crops=(), make_masks=None, colors=None):
     """Views and masks of a step: a pure function of `seed` and of the images.
 
     batch: uint8, what the loader gives of this rank's images, which are the `share` (B,), indices
     into the global batch: global crops (B, G, 3, S, S) and local ones (B, L, 3, s, s), or small
     images as they are, (B, 3, H, W), with crops: (count, size, least and most share of the image)
-    of each kind to take. make_masks: generator -> (context, targets), for the global batch or one
-    for all images; colors: (photometric, p of blur, p of solarize), or None. Every rank draws for
-    the whole batch and takes its share: any number of ranks sees the same. Returns
+    of each kind to take. crop, recolor: resized_crop and photometric, compiled or not. make_masks:
+    generator -> (context, targets), for the global batch or one for all images; colors: (p of blur,
+    p of solarize), or None. Every rank draws for the whole batch and takes its share: any number of
+    ranks sees the same. Returns
 
     views: G + L of (B, 3, size, size), normalised; with masks, one for context, one for targets;
     masks: context (B, Nc) and targets (B, K, Nt), or None.
@@ -67,16 +68,15 @@ def draw(batch, seed, share, batch_size, crops=(), make_masks=None, colors=None)
     images = [part / 255 for part in batch]
     for count, size, *scale in crops:
         draws = torch.rand(count, batch_size, 23, generator=generator)[:, share]
-        views += [resized_crop(images[0], send(u, device), size, scale) for u in draws]
+        views += [crop(images[0], send(u, device), size, scale) for u in draws]
     views = views or [view for part in images for view in part.unbind(1)]
     if make_masks:
         masks = [send(m[share % len(m)], device) for m in make_masks(generator=generator)]
         views = [*views, *views]
     if colors:
         draws = send(torch.rand(len(views), batch_size, 9, generator=generator)[:, share], device)
-        change, tables = colors[0], (constant("luma", device), constant("hue", device))
-        some = zip(views, draws, strict=True)
-        views = [change(view, u, *tables, *colors[1:]) for view, u in some]
+        more = constant("luma", device), constant("hue", device), *colors
+        views = [recolor(view, u, *more) for view, u in zip(views, draws, strict=True)]
     return [normalize(view) for view in views], masks
 
 
@@ -162,9 +162,10 @@ def recipe(args, crops, encoder, teacher, encode, predict, device):
     """By --recipe: what draw takes, forward: (views, masks) -> embeddings, and their loss."""
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     settings = {"batch_size": args.batch_size, "crops": crops}
+    for name, change in (("crop", resized_crop), ("recolor", photometric)):
+        settings[name] = torch.compile(change, dynamic=False) if args.compile else change
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops, none for masked
-        change = torch.compile(photometric, dynamic=False) if args.compile else photometric
-        settings["colors"] = (change, *((0.5, 0.2) if args.recipe == "crops" else (0, 0)))
+        settings["colors"] = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
     if args.recipe == "crops":
         forward = partial(crops_forward, encode, args.global_views)
         project, views = autocast(lambda y: predict(y)), args.global_views
