@@ -106,11 +106,11 @@ def multi_block_masks(
         return *targets, *_place((count, 1), frame, height, width, generator)
 
     rows, cols, frame_rows, frame_cols = place(batch_size)
-    for attempt in range(10):
+    for attempt in range(10):  # 0 to 7: new places; 8: the first target alone; 9: looks again
         free = ~_cover(rows, cols)
         allowed = _cover(frame_rows, frame_cols) & free
         short = (allowed.sum(1) < wanted).nonzero().squeeze(1)
-        if len(short) == 0 or attempt == 9:
+        if len(short) == 0:
             break
         if attempt < 8:
             rows[short], cols[short], frame_rows[short], frame_cols[short] = place(len(short))

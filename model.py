@@ -101,11 +101,10 @@ class VisionTransformer(nn.Module):
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
         last = []
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = block(x)
-            if i >= len(self.blocks) - layers:
-                last.insert(0, self.norm(x))
-        x = last[0] if layers == 1 else torch.cat(last, dim=-1)
+            last = [x, *last][:layers]
+        x = self.norm(x) if layers == 1 else torch.cat([self.norm(x) for x in last], dim=-1)
         blocks = indices is not None and indices.ndim == 3
         return x.unflatten(0, indices.shape[:2]) if blocks else x
 

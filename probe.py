@@ -349,8 +349,8 @@ def finetune(encoder, who, train_set, val_set, size, options, path):
     """All weights of a copy of the encoder and a new linear head, trained on the labels.
 
     Returns `finetune`, top-1 of the last step, on rank 0, and {} on the others; ranks split the
-    batch. who: what the encoder is, for the checkpoint at path, which is written after each pass
-    and continued when there; train_set, val_set: (image, label) pairs.
+    batch. who: the encoder and the data, for the checkpoint at path, which is written after each
+    pass and continued when there; train_set, val_set: (image, label) pairs.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = next(encoder.parameters()).device
@@ -598,7 +598,7 @@ def run(encoder, who, data, sources, size, options, device):
     if options.finetune:
         path, untrained = Path(options.ckpt), "-untrained" * options.untrained
         path = path.with_name(f"{path.stem}.finetune{untrained}-{Path(data).name}.pt")
-        return finetune(encoder, who, *sources, size, options, path)
+        return finetune(encoder, f"{who} on {data}", *sources, size, options, path)
     if options.pca:
         return {}
     return frozen_probes(encoder, *(train.Images(s, size) for s in sources), options, device)

@@ -1688,6 +1688,7 @@ PIECES = [
 PIECES += [["--recipe", "crops", "--sigreg", name] for name in ("sketched", "legendre")]
 PIECES += [["--directions", "both", "--pred", "relative", "--sigreg-on", "tokens"]]
 PIECES += [["--stop-grad", "--targets", "full", "--masks-per", "batch", "--augment", "color"]]
+PIECES += [["--sigreg", "none"]]  # the loss does not see the context's embedding then
 
 
 @pytest.mark.parametrize("arguments", PIECES, ids=" ".join)
@@ -1811,7 +1812,9 @@ def refuse(arguments, match):
         (["--image-size", "30"], "image size 30.*24 or 32"),
         (["--lam", "-1"], "--lam -1"),
         (["--recipe", "crops", "--lam", "2"], "--lam 2.0 of --recipe crops must be at most 1"),
-        (["--recipe", "crops", "--stop-grad"], "for --recipe masked"),
+        (["--recipe", "crops", "--stop-grad"], "crops does not take --stop-grad"),
+        (["--local-views", "2"], "masked does not take --local-views"),
+        (["--recipe", "crops", "--local-size", "20"], "--local-size 20 .*patch of vit_n8"),
         (["--ema", "1"], "--ema below 1"),
         (["--lam", "nan"], "--lam nan"),
         (["--lr", "-1"], "--lr -1"),
@@ -1829,6 +1832,11 @@ def test_bad_settings(arguments, match, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refuse([*TINY, *arguments], match)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_log_of_a_run_named_with_a_dot_is_its_own():
+    assert train.beside("runs/lam0.1", ".jsonl") == Path("runs/lam0.1.jsonl")
+    assert train.beside("runs/lam0.1.pt", ".jsonl") == Path("runs/lam0.1.jsonl")
 
 
 def test_every_rank_has_an_image(tmp_path):

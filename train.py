@@ -15,7 +15,8 @@ ckpt.pt, ckpt.jsonl holds the command line, then one JSON object a logged step.
 
 Everything random is a pure function of the seed and of the step, epoch or image number: a resumed
 run repeats the uninterrupted one, and the number of ranks changes rounding only. The batch, its
-masks and SIGReg's statistic are global (the projector's batch norm on GPUs only, as torch has it).
+masks and SIGReg's statistic are global; batch norm is on GPUs only, as torch has it, and the
+stochastic depth of some of torchvision's networks is drawn by each rank.
 B is the number of images of this rank's share of the batch; README explains the other symbols.
 """
 
@@ -52,13 +53,13 @@ from model import MLPPredictor, TransformerPredictor, gather_tokens, projector, 
 def draw(batch, seed, share, batch_size, crop, recolor, crops=(), make_masks=None, colors=None):
     """Views and masks of a step: a pure function of `seed` and of the images.
 
-    batch: uint8, what the loader gives of this rank's images, which are the `share` (B,), indices
-    into the global batch: global crops (B, G, 3, S, S) and local ones (B, L, 3, s, s), or small
-    images as they are, (B, 3, H, W), with crops: (count, size, least and most share of the image)
-    of each kind to take. crop, recolor: resized_crop and photometric, compiled or not. make_masks:
-    generator -> (context, targets), for the global batch or one for all images; colors: (p of blur,
-    p of solarize), or None. Every rank draws for the whole batch and takes its share: any number of
-    ranks sees the same. Returns
+    batch: a list of uint8, what the loader gives of B images: global crops (B, G, 3, S, S) and
+    local ones (B, L, 3, s, s), or small images as they are, (B, 3, H, W), alone, with crops:
+    (count, size, least and most share of the image) of each kind to take. share (B,): which of the
+    batch_size images of the global batch they are. crop, recolor: resized_crop and photometric,
+    compiled or not. make_masks: generator -> (context, targets), for the global batch or one for
+    all images; colors: (p of blur, p of solarize), or None. Every rank draws for the whole batch
+    and takes its share: any number of ranks sees the same. Returns
 
     views: G + L of (B, 3, size, size), normalised; with masks, one for context, one for targets;
     masks: context (B, Nc) and targets (B, K, Nt), or None.
@@ -131,8 +132,8 @@ def make_regularizer(name, slices, seed):
         return lambda z: z.new_zeros(())
     if name != "sketched":
         return {"spectral": sigreg.spectral_sigreg, "legendre": sigreg.legendre_sigreg}[name]
-    draw = cache(lambda dim, device: send(sigreg.random_directions(dim, slices, seed), device))
-    return lambda z: sigreg.sketched_sigreg(z, draw(z.shape[1], z.device))
+    slices_of = cache(lambda dim, device: send(sigreg.random_directions(dim, slices, seed), device))
+    return lambda z: sigreg.sketched_sigreg(z, slices_of(z.shape[1], z.device))
 
 
 def learning_rate(step, last, lr, warmup=0, schedule="constant"):
@@ -159,7 +160,10 @@ def masks_of(args, grid, count):
 
 
 def recipe(args, crops, encoder, teacher, encode, predict, device):
-    """By --recipe: what draw takes, forward: (views, masks) -> embeddings, and their loss."""
+    """By --recipe: what draw takes, forward: (views, masks) -> embeddings, and their loss.
+
+    encode, predict: encoder and predictor (masked) or projector (crops), as parallel made them.
+    """
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     settings = {"batch_size": args.batch_size, "crops": crops}
     for name, change in (("crop", resized_crop), ("recolor", photometric)):
@@ -173,11 +177,9 @@ def recipe(args, crops, encoder, teacher, encode, predict, device):
     else:
         count = args.batch_size if args.masks_per == "image" else 1
         settings["make_masks"] = masks_of(args, encoder.grid, count)
-        target, relative = teacher or encoder, args.pred == "relative"
-        if teacher or args.stop_grad:
-            encode_target = torch.no_grad()(lambda *inputs: target(*inputs))
-        else:
-            encode_target = encode
+        encode_target, relative = encode, args.pred == "relative"
+        if teacher or args.stop_grad:  # not through DDP, which waits for a gradient
+            encode_target = torch.no_grad()(lambda *inputs: (teacher or encoder)(*inputs))
         whole, both = args.targets == "full", args.directions == "both"
         forward = partial(masked_forward, encode, encode_target, predict, whole, both)
         loss = partial(sigreg.masked_loss, lam=args.lam, relative=relative, on=args.sigreg_on)
@@ -228,8 +230,8 @@ def second_pass(forward, pieces, seed, gradients, modules):
             module.require_backward_grad_sync = i + 1 == len(pieces)  # DDP's, what no_sync sets
         parts = forward(*piece())
         end = start + len(parts[0])
-        pairs = zip(parts, [z[start:end] for z in gradients], strict=True)
-        pairs = [pair for pair in pairs if pair[0].requires_grad]  # not --stop-grad's targets
+        some = zip(parts, gradients, strict=True)  # less --stop-grad's targets, what no loss saw
+        pairs = [(y, z[start:end]) for y, z in some if y.requires_grad and z is not None]
         torch.autograd.backward(*zip(*pairs, strict=True))
         start = end
 
@@ -335,6 +337,9 @@ def build(args, device):
     try:
         encoder = build_encoder(args.model, args.image_size)
         if args.recipe == "crops":
+            if args.local_size % getattr(encoder, "patch_size", 1):
+                wanted = f"a multiple of the patch of {args.model}"
+                raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
             predictor = projector(encoder.dim, args.proj_dim)  # kept under the predictor's name
         elif not hasattr(encoder, "grid"):
             has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
@@ -355,8 +360,7 @@ def build(args, device):
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
     state = dict(zip(PARTS, (encoder, predictor, optimizer), strict=True))
     if args.ema:
-        average = get_ema_multi_avg_fn(args.ema)
-        state["teacher"] = AveragedModel(encoder, multi_avg_fn=average)
+        state["teacher"] = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     return state
 
 
@@ -408,7 +412,7 @@ def start_log(args, first, rank):
     """ckpt.jsonl with the command line, or cut back to `first`; TensorBoard's writer, or None."""
     if rank:
         return None
-    log = Path(args.ckpt).with_suffix(".jsonl")
+    log = beside(args.ckpt, ".jsonl")
     # after a resume each step stands once, and a line cut short by a kill goes
     lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
     kept = [x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first]
@@ -418,14 +422,19 @@ def start_log(args, first, rank):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(Path(args.ckpt).with_suffix(".tb"), purge_step=first + 1)
+    return SummaryWriter(beside(args.ckpt, ".tb"), purge_step=first + 1)
+
+
+def beside(ckpt, suffix):
+    """The path beside ckpt.pt that ends in suffix; a run named lam0.1 keeps its name."""
+    return Path(ckpt.removesuffix(".pt") + suffix)
 
 
 def write_log(args, row, last, rank, writer):
     """One logged step: a line on the screen, a JSON object in ckpt.jsonl, points in TensorBoard."""
     if rank:
         return
-    with Path(args.ckpt).with_suffix(".jsonl").open("a") as file:
+    with beside(args.ckpt, ".jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     for key, value in row.items():
         if writer and key != "step":
@@ -752,7 +761,7 @@ def load(args, train_set, first, last, share, device):
     Sets of small images of one size are held on the device as they are, and cropped there by draw;
     others are cropped as they are loaded.
     """
-    kinds = [(1, args.image_size, 0.3, 1)] * (args.augment != "none")
+    kinds = [(1, args.image_size, 0.3, 1)] * (args.augment != "none")  # as draw takes them
     if args.recipe == "crops":
         kinds = [(args.global_views, args.image_size, 0.3, 1)]
         kinds += [(args.local_views, args.local_size, 0.05, 0.3)] * (args.local_views > 0)
@@ -766,7 +775,7 @@ def load(args, train_set, first, last, share, device):
     # 16 images a message: workers keep two each in shared memory, of which Docker gives 64 MB
     some = (keys[i : i + 16] for keys in steps for i in range(0, len(keys), 16))
     loader = read(images, args.workers, batch_sampler=some, pin_memory=device.type == "cuda")
-    of_a_step = zip(*[loader] * -(-len(share) // 16), strict=True)
+    of_a_step = zip(*[loader] * -(-len(share) // 16), strict=True)  # so many messages each
     return (on_device(messages, device) for messages in of_a_step), ()
 
 
@@ -904,14 +913,18 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
     "epochs":       (5,          100,        100,        300,          300),
     "lr":           (1e-3,       2e-3,       1e-3,       1e-3,         1.5e-4),
 }
-MASKED_ONLY = "masks_per num_targets target_scale min_context pred directions sigreg_on"
+UNUSED = {  # options that a recipe does not take
+    "masked": "global_views local_views local_size proj_dim",
+    "crops": "predictor masks masks_per num_targets target_scale min_context pred directions "
+    "sigreg_on targets stop_grad ema",
+}
 RECIPES = {  # what the recipe then says
     "masked":       {"sigreg": "legendre", "lam": 1.0},
     "crops":        {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
 }
 OPTIONS = [  # group, or option, type or choices, default (None: see above, fill_in), least, effect
     "data",
-    ("data", str, "shapes", "", "a folder with train/ and val/, or embedded: shapes"),
+    ("data", str, "shapes", "", "a folder with train/ and val/; shapes, embedded; or cifar10 ..."),
     ("data-root", str, "data", "", "where torchvision's data sets are downloaded to"),
     ("image-size", int, None, 1, "pixels, a multiple of the patch [small images: theirs; 224]"),
     ("augment", "none crop color", None, "", "color: crop, and colours"),
@@ -966,10 +979,10 @@ def fill_in(args, count, side, world):
 
     count images, whose shorter side is `side` pixels; exits in one line where the batch cannot be.
     """
-    photographs = 2 if side <= 96 else 3 if count < 500_000 else 4
-    kind = 0 if args.data == "shapes" else 1 if side <= 48 else photographs
-    unused = MASKED_ONLY.split() if args.recipe == "crops" else ()
-    chosen = {name: row[kind] for name, row in DEFAULTS.items() if name not in unused}
+    larger = 2 if side <= 96 else 3 if count < 500_000 else 4
+    kind = 0 if args.data == "shapes" else 1 if side <= 48 else larger
+    names = [name for name in DEFAULTS if name not in UNUSED[args.recipe].split()]
+    chosen = {name: DEFAULTS[name][kind] for name in names}
     chosen |= RECIPES[args.recipe]
     chosen["batch_size"] = min(chosen["batch_size"], count)
     chosen["weight_decay"] = 5e-4 if "resne" in (args.model or "") else 0.05
@@ -1058,8 +1071,10 @@ def parse_args(argv=None):
     check_options("train.py", args, OPTIONS)
     if args.lr == 0 or args.min_context == 0 or args.ema >= 1:
         sys.exit("train.py: --lr and --min-context must be above 0, --ema below 1")
-    if args.recipe == "crops" and (args.ema or args.stop_grad or args.targets == "full"):
-        sys.exit("train.py: --ema, --stop-grad and --targets full are for --recipe masked")
+    for name in UNUSED[args.recipe].split():
+        if getattr(args, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            sys.exit(f"train.py: --recipe {args.recipe} does not take {option}; leave it out")
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
     return args
