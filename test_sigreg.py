@@ -1161,6 +1161,7 @@ def test_finetuning_resumes_bit_by_bit(trained, tmp_path, capsys, monkeypatch, f
     monkeypatch.setattr(train, "learning_rate", honest)
     saved = torch.load(tmp_path / "cut.finetune-shapes.pt", weights_only=True)
     assert saved["step"] == 3 and saved["args"]["last"] == 9
+    assert " on shapes " in saved["args"]["encoder"]  # another data set of that name is refused
     cut = run_probe(capsys, tmp_path / "cut.pt", *arguments)
     assert cut["finetune"] == whole["finetune"]
     a, b = (
