@@ -178,7 +178,7 @@ def recipe(args, crops, encoder, teacher, encode, predict, device):
         count = args.batch_size if args.masks_per == "image" else 1
         settings["make_masks"] = masks_of(args, encoder.grid, count)
         encode_target, relative = encode, args.pred == "relative"
-        if teacher or args.stop_grad:  # not through DDP, which waits for a gradient
+        if teacher or args.stop_grad:  # a lambda, as decorators copy a module's attributes
             encode_target = torch.no_grad()(lambda *inputs: (teacher or encoder)(*inputs))
         whole, both = args.targets == "full", args.directions == "both"
         forward = partial(masked_forward, encode, encode_target, predict, whole, both)
