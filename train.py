@@ -924,7 +924,7 @@ RECIPES = {  # what the recipe then says
 }
 OPTIONS = [  # group, or option, type or choices, default (None: see above, fill_in), least, effect
     "data",
-    ("data", str, "shapes", "", "a folder with train/ and val/; shapes, embedded; or cifar10 ..."),
+    ("data", str, "shapes", "", "folder with train/ and val/, embedded shapes, cifar10 ..."),
     ("data-root", str, "data", "", "where torchvision's data sets are downloaded to"),
     ("image-size", int, None, 1, "pixels, a multiple of the patch [small images: theirs; 224]"),
     ("augment", "none crop color", None, "", "color: crop, and colours"),
