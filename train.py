@@ -1008,8 +1008,7 @@ def has_bfloat16():
     """Whether bfloat16 is the faster type on this CPU: AMX, or AMD's AVX-512 units. Intel's without
     AMX have half the speed of its float32."""
     info = Path("/proc/cpuinfo")
-    found = info.exists() and re.search("AMD.*avx512_bf16|amx_bf16", info.read_text(), re.DOTALL)
-    return bool(found)
+    return info.exists() and bool(re.search("(?s)AMD.*avx512_bf16|amx_bf16", info.read_text()))
 
 
 def patch_size(model, side):
