@@ -903,15 +903,15 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
     "model":        ("vit_n8",   "vit_n4",   "vit_n8",   "vit_s16",    "vit_b16"),
     "augment":      ("none",     "color",    "color",    "none",       "none"),
     "masks_per":    ("image",    "batch",    "batch",    "batch",      "batch"),
-    "num_targets":  (2,          2,          1,          4,            4),
-    "target_scale": ([0.4, 0.6], [0.2, 0.3], [0.4, 0.6], [0.15, 0.2],  [0.15, 0.2]),
+    "num_targets":  (2,          2,          2,          4,            4),
+    "target_scale": ([0.4, 0.6], [0.2, 0.3], [0.2, 0.3], [0.15, 0.2],  [0.15, 0.2]),
     "min_context":  (0.35,       0.35,       0.35,       0.25,         0.25),
     "pred":         ("mse",      "relative", "relative", "relative",   "relative"),
     "directions":   ("one",      "both",     "both",     "one",        "one"),
     "sigreg_on":    ("pooled",   "tokens",   "tokens",   "tokens",     "tokens"),
     "batch_size":   (256,        256,        256,        256,          4096),
     "epochs":       (5,          100,        100,        300,          300),
-    "lr":           (1e-3,       2e-3,       1e-3,       1e-3,         1.5e-4),
+    "lr":           (1e-3,       2e-3,       2e-3,       1e-3,         1.5e-4),
 }
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim",
