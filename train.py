@@ -15,7 +15,7 @@ ckpt.pt, ckpt.jsonl holds the command line, then one JSON object a logged step.
 
 Everything random is a pure function of the seed and of the step, epoch or image number: a resumed
 run repeats the uninterrupted one, and the number of ranks changes rounding only. The batch, its
-masks and SIGReg's statistic are global; batch norm is on GPUs only, as torch has it, and the
+masks and SIGReg's statistic are global; batch norm's is on GPUs only, as torch has it, and the
 stochastic depth of some of torchvision's networks is drawn by each rank.
 B is the number of images of this rank's share of the batch; README explains the other symbols.
 """
@@ -989,7 +989,7 @@ def fill_in(args, count, side, world):
     # shapes are cheaper to draw than to send between processes
     cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen["workers"] = 0 if kind == 0 and args.recipe == "masked" else min(8, cores)
-    chosen["amp"] = args.device.startswith("cuda") or has_bfloat16()
+    chosen["amp"] = args.device.startswith("cuda") or bfloat16_is_faster()
     chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
     vars(args).update(chosen)
     patch = patch_size(args.model, side)
@@ -1004,9 +1004,8 @@ def fill_in(args, count, side, world):
     return chosen | {"image_size": args.image_size}
 
 
-def has_bfloat16():
-    """Whether bfloat16 is the faster type on this CPU: AMX, or AMD's AVX-512 units. Intel's without
-    AMX have half the speed of its float32."""
+def bfloat16_is_faster():
+    """Whether it is, on this CPU: with AMX or AMD's AVX-512 units; Intel's take twice as long."""
     info = Path("/proc/cpuinfo")
     return info.exists() and bool(re.search("(?s)AMD.*avx512_bf16|amx_bf16", info.read_text()))
 
