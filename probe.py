@@ -79,7 +79,7 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=500, work
     chunks = [[(0, i) for i in chunk] for chunk in chunks]
     rows = len(images) if rank == 0 else last - first
     features, labels, done = None, torch.zeros(rows, dtype=torch.int64), 0
-    for views, _, label in train.read(images, workers, batch_sampler=chunks):
+    for (views,), label in train.read(images, workers, batch_sampler=chunks):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
         if features is None:
@@ -396,12 +396,12 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
     parts = {"encoder": encoder, "head": head, "optimizer": optimizer}
     first = train.resume("probe.py", path, parts, settings, last, rank, world)
     encode, classify = (train.parallel(m, options, device, world) for m in (encoder, head))
-    crops = train.Images(train_set, size, num_global=1, scale=0.35, seed=options.seed)
+    crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
     rows = torch.arange(batch).tensor_split(world)[rank]
     shares = train.batches(len(train_set), batch, first, last, options.seed, rows)
     mix = mixup_or_cutmix(options.mixup, options.cutmix, settings["classes"])
     loader = train.read(crops, options.workers, batch_sampler=shares)
-    for step, (views, _, labels) in enumerate(loader, first + 1):
+    for step, ((views,), labels) in enumerate(loader, first + 1):
         torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # mixes and drop path
         images, labels = mix(train.normalize(views[:, 0].to(device) / 255), labels.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
@@ -592,7 +592,7 @@ def run(encoder, who, data, sources, size, options, device):
     if options.pca and not (dist.is_initialized() and dist.get_rank()):
         images = train.Images(sources[1], 4 * size)
         chosen = torch.linspace(0, len(images) - 1, 8).long().tolist()
-        chosen = torch.cat([images[0, i][0] for i in chosen]).to(device) / 255
+        chosen = torch.cat([images[0, i][0][0] for i in chosen]).to(device) / 255
         save_image(pca_picture(encoder, chosen, max(4 * size, 128)), options.pca)
         print(f"{options.pca}: 8 validation images at {4 * size} px, components of tokens, {who}")
     if options.finetune:

@@ -628,11 +628,10 @@ def test_loaded_batches_are_whole_and_in_order(tmp_path, monkeypatch):
     data = train.open_data(args.data, "", "train")
     train.fill_in(args, len(data), 40, world=1)
     loader, kinds = train.load(args, data, 0, 2, share, torch.device("cpu"))
-    images = train.Images(data, 40, num_global=1, local_size=args.local_size, seed=args.seed)
+    images = train.Images(data, 40, [(1, 40, 0.3, 1)], args.seed)
     steps = train.batches(len(data), 37, 0, 2, args.seed, share)
-    for (views, local), keys in zip(loader, steps, strict=True):  # 37 images: three messages
-        assert torch.equal(views, torch.stack([images[key][0] for key in keys]))
-        assert local.shape[:2] == (37, 0)
+    for (views,), keys in zip(loader, steps, strict=True):  # 37 images: three messages
+        assert torch.equal(views, torch.stack([images[key][0][0] for key in keys]))
     assert kinds == ()
 
 
@@ -1501,20 +1500,19 @@ def test_shapes_are_not_linear_in_the_pixels():
 
 def test_images_are_a_function_of_seed_epoch_and_index():
     source = train.Shapes(40)
-    for num_global, num_local in ((0, 0), (1, 0), (2, 3)):
-        images = train.Images(source, 32, num_global, num_local, local_size=12, seed=3)
+    kinds = [(2, 32, 0.3, 1), (3, 12, 0.05, 0.3)]
+    for crops in ((), kinds[:1], kinds):
+        images = train.Images(source, 32, crops, seed=3)
         state = torch.get_rng_state()
-        views, local, label = images[(1, 5)]
-        assert (
-            views.shape == (max(num_global, 1), 3, 32, 32)
-            and local.shape == (num_local, 3, 12, 12)
-            and label == 5
-        )
-        assert views.dtype == local.dtype == torch.uint8
-        assert torch.equal(views, images[(1, 5)][0]) and torch.equal(local, images[(1, 5)][1])
-        assert torch.equal(views, images[(2, 5)][0]) == (num_global == 0)
+        views, label = images[(1, 5)]
+        wanted = [(count, 3, size, size) for count, size, *_ in crops] or [(1, 3, 32, 32)]
+        assert [view.shape for view in views] == wanted and label == 5
+        assert all(view.dtype == torch.uint8 for view in views)
+        again, later = images[(1, 5)][0], images[(2, 5)][0]
+        assert all(map(torch.equal, views, again))
+        assert torch.equal(views[0], later[0]) == (crops == ())
         assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(views[0], views[1]) and not torch.equal(local[0], local[1])
+    assert not torch.equal(views[0][0], views[0][1]) and not torch.equal(views[1][0], views[1][1])
 
 
 TABLES = [train.constant(name, torch.device("cpu")) for name in ("luma", "hue")]

@@ -53,8 +53,8 @@ from model import MLPPredictor, TransformerPredictor, gather_tokens, projector, 
 def draw(batch, seed, share, batch_size, crop, recolor, crops=(), make_masks=None, colors=None):
     """Views and masks of a step: a pure function of `seed` and of the images.
 
-    batch: a list of uint8, what the loader gives of B images: global crops (B, G, 3, S, S) and
-    local ones (B, L, 3, s, s), or small images as they are, (B, 3, H, W), alone, with crops:
+    batch: a list of uint8, what the loader gives of B images: global crops (B, G, 3, S, S), then
+    local ones (B, L, 3, s, s) if any; or small images as they are, (B, 3, H, W), with crops:
     (count, size, least and most share of the image) of each kind to take. share (B,): which of the
     batch_size images of the global batch they are. crop, recolor: resized_crop and photometric,
     compiled or not. make_masks: generator -> (context, targets), for the global batch or one for
@@ -251,47 +251,47 @@ def train(args, train_set, device, rank, world):
     at_once = images_at_once(args, encoder, len(share), device)
     modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
     settings, forward, loss_of = recipe(args, crops, encoder, teacher, *modules, device)
-    writer, pool = start_log(args, first, rank), ThreadPoolExecutor(1)
+    writer, pool = start_log(args, first) if rank == 0 else None, ThreadPoolExecutor(1)
+    caught = catch_signals(world)
     healthy, written = torch.ones((), dtype=torch.bool, device=device), None
     logged, start, waited, ready = first, time.perf_counter(), 0.0, time.perf_counter()
-    with signals(world) as caught:
-        for step, batch in enumerate(loader, first + 1):
-            waited += time.perf_counter() - ready
-            seed = args.seed * 100_003 + step
-            parts = zip(share.split(at_once), *(x.split(at_once) for x in batch), strict=True)
-            pieces = [partial(draw, part, seed, some, **settings) for some, *part in parts]
-            embeddings = first_pass(forward, pieces, seed * 1000)
-            regularizer = make_regularizer(args.sigreg, args.slices, seed)
-            loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
-            loss.backward()
-            loss, pred, reg = loss.detach(), pred.detach(), reg.detach()  # lets the graph go
-            log_now = step % args.log_every == 0 or step == last
-            measured = diagnostics(args, loss, pred, reg, embeddings) if log_now else {}
-            if len(pieces) > 1:
-                embeddings = [z.grad for z in embeddings]  # all that the second pass needs
-                second_pass(forward, pieces, seed * 1000, embeddings, modules)
-            set_rates(optimizer, args, step, last, warmup)
-            optimizer.step()
-            optimizer.zero_grad()
-            if teacher:
-                teacher.update_parameters(encoder)
-            healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
-            stop_now = caught()
-            save_now = step % args.save_every == 0 or step == last or stop_now
-            if log_now or save_now:
-                check_health(healthy, encoder, predictor, step, args.ckpt)
-            if log_now:
-                row = {"step": step, "epoch": (step - 1) // per_epoch, **measured}
-                seconds = time.perf_counter() - start
-                row["lr"], row["wait"] = optimizer.param_groups[0]["lr"], round(waited / seconds, 3)
-                row["images_per_s"] = round((step - logged) * args.batch_size / seconds, 3)
-                write_log(args, row, last, rank, writer)
-                logged, start, waited = step, time.perf_counter(), 0.0
-            if save_now and rank == 0:
-                written = store(written, pool, state, {"step": step, "args": vars(args)})
-            if stop_now:
-                break
-            ready = time.perf_counter()
+    for step, batch in enumerate(loader, first + 1):
+        waited += time.perf_counter() - ready
+        seed = args.seed * 100_003 + step
+        parts = zip(share.split(at_once), *(x.split(at_once) for x in batch), strict=True)
+        pieces = [partial(draw, part, seed, some, **settings) for some, *part in parts]
+        embeddings = first_pass(forward, pieces, seed * 1000)
+        regularizer = make_regularizer(args.sigreg, args.slices, seed)
+        loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
+        loss.backward()
+        loss, pred, reg = loss.detach(), pred.detach(), reg.detach()  # lets the graph go
+        log_now = step % args.log_every == 0 or step == last
+        measured = diagnostics(args, loss, pred, reg, embeddings) if log_now else {}
+        if len(pieces) > 1:
+            embeddings = [z.grad for z in embeddings]  # all that the second pass needs
+            second_pass(forward, pieces, seed * 1000, embeddings, modules)
+        set_rates(optimizer, args, step, last, warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        if teacher:
+            teacher.update_parameters(encoder)
+        healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
+        stop_now = caught()
+        save_now = step % args.save_every == 0 or step == last or stop_now
+        if log_now or save_now:
+            check_health(healthy, encoder, predictor, step, args.ckpt)
+        if log_now and rank == 0:
+            row = {"step": step, "epoch": (step - 1) // per_epoch, **measured}
+            seconds = time.perf_counter() - start
+            row["lr"], row["wait"] = optimizer.param_groups[0]["lr"], round(waited / seconds, 3)
+            row["images_per_s"] = round((step - logged) * args.batch_size / seconds, 3)
+            write_log(args, row, last, writer)
+            logged, start, waited = step, time.perf_counter(), 0.0
+        if save_now and rank == 0:
+            written = store(written, pool, state, {"step": step, "args": vars(args)})
+        if stop_now:
+            break
+        ready = time.perf_counter()
     if rank == 0:
         written.result()
         then = "the same command continues" if stop_now else f"next: python probe.py {args.ckpt}"
@@ -408,10 +408,8 @@ def images_at_once(args, encoder, count, device):
     return at_once
 
 
-def start_log(args, first, rank):
+def start_log(args, first):
     """ckpt.jsonl with the command line, or cut back to `first`; TensorBoard's writer, or None."""
-    if rank:
-        return None
     log = beside(args.ckpt, ".jsonl")
     # after a resume each step stands once, and a line cut short by a kill goes
     lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
@@ -430,10 +428,8 @@ def beside(ckpt, suffix):
     return Path(ckpt.removesuffix(".pt") + suffix)
 
 
-def write_log(args, row, last, rank, writer):
+def write_log(args, row, last, writer):
     """One logged step: a line on the screen, a JSON object in ckpt.jsonl, points in TensorBoard."""
-    if rank:
-        return
     with beside(args.ckpt, ".jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     for key, value in row.items():
@@ -445,12 +441,16 @@ def write_log(args, row, last, rank, writer):
     print("  ".join([f"step {row['step']}/{last}", *numbers, f"eta {eta}"]), flush=True)
 
 
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+
 @contextmanager
 def ranks(script, device):
     """Device, rank and world size: joins torchrun's processes, and parts them at a clean end.
 
-    Ctrl-C and a device that is not there end the script in one line.
+    Ctrl-C and a device that is not there end the script in one line; signals are as before then.
     """
+    handlers = {name: signal.getsignal(name) for name in SIGNALS}
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
     rank, local_rank, world = (int(os.environ.get(*name)) for name in names)
     try:
@@ -470,27 +470,26 @@ def ranks(script, device):
         yield device, rank, world
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted; the same command continues from the last save")
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-@contextmanager
-def signals(world):
-    """Yields a function, called by all: has a rank caught SIGTERM, SIGUSR1 or Ctrl-C by now?"""
-    caught, names = torch.tensor(0), (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.signal(name, lambda number, _: caught.fill_(1)) for name in names]
+def catch_signals(world):
+    """A function, called by all ranks: has one of them caught a signal of SIGNALS since now?"""
+    caught = torch.tensor(0)
+    for name in SIGNALS:
+        signal.signal(name, lambda number, _: caught.fill_(1))
 
     def any_rank():
         if world > 1:
             dist.all_reduce(caught, dist.ReduceOp.MAX)
         return bool(caught)
 
-    try:
-        yield any_rank
-    finally:
-        for name, handler in zip(names, before, strict=True):
-            signal.signal(name, handler)
+    return any_rank
 
 
 @contextmanager
@@ -617,19 +616,19 @@ def open_data(data, root, split, seed=0, image_size=32):
 
 
 class Images(torch.utils.data.Dataset):
-    """Item (epoch, index) -> uint8 views (G, 3, S, S), local views (L, 3, s, s) and label.
+    """Item (epoch, index) -> uint8 views (count, 3, size, size), of each kind of crop, and label.
 
-    A pure function of seed, epoch and index. By default G = 1, resized and centre-cropped. With
-    num_global > 0: that many random resized crops and flips at full size, of a share `scale` to 1
-    of the image, and num_local of 0.05 to `scale` at side local_size. Colours: see photometric.
+    A pure function of seed, epoch and index. crops: kinds of random resized crops and flips, each
+    (count, size, least and most share of the image); by default one view, resized and centred.
     """
 
-    def __init__(self, source, size, num_global=0, num_local=0, local_size=1, scale=0.3, seed=0):
-        self.source, self.seed, self.local_size = source, seed, local_size
-        self.num_global, self.num_local, flip = num_global, num_local, v2.RandomHorizontalFlip()
+    def __init__(self, source, size, crops=(), seed=0):
+        self.source, self.seed, flip = source, seed, v2.RandomHorizontalFlip()
         self.resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
-        self.crop = v2.Compose([v2.RandomResizedCrop(size, (scale, 1)), flip])
-        self.local_crop = v2.Compose([v2.RandomResizedCrop(local_size, (0.05, scale)), flip])
+        self.crops = [
+            (count, v2.Compose([v2.RandomResizedCrop(side, scale), flip]))
+            for count, side, *scale in crops
+        ]
 
     def __len__(self):
         return len(self.source)
@@ -638,16 +637,13 @@ class Images(torch.utils.data.Dataset):
         epoch, index = key
         image, label = self.source[index]
         image = v2.functional.to_image(image)
-        local = [image.new_empty(0, 3, self.local_size, self.local_size)]
-        if not self.num_global:
-            return self.resize(image)[None], local[0], label
+        if not self.crops:
+            return [self.resize(image)[None]], label
         # the transforms draw from torch's global generator, which keeps 32 bits of a seed
         seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(seed))
-            views = torch.stack([self.crop(image) for _ in range(self.num_global)])
-            local += [self.local_crop(image)[None] for _ in range(self.num_local)]
-        return views, torch.cat(local), label
+            return [torch.stack([crop(image) for _ in range(n)]) for n, crop in self.crops], label
 
 
 def resized_crop(x, u, size, scale):
@@ -770,8 +766,7 @@ def load(args, train_set, first, last, share, device):
     if whole is not None and (kinds or whole.shape[2:] == (args.image_size, args.image_size)):
         indices = (send(torch.tensor([i for _, i in keys]), device) for keys in steps)
         return ([whole[i] if kinds else whole[i][:, None]] for i in indices), kinds
-    views = {f"num_{name}": kind[0] for name, kind in zip(("global", "local"), kinds, strict=False)}
-    images = Images(train_set, args.image_size, **views, local_size=args.local_size, seed=args.seed)
+    images = Images(train_set, args.image_size, kinds, args.seed)
     # 16 images a message: workers keep two each in shared memory, of which Docker gives 64 MB
     some = (keys[i : i + 16] for keys in steps for i in range(0, len(keys), 16))
     loader = read(images, args.workers, batch_sampler=some, pin_memory=device.type == "cuda")
@@ -780,9 +775,9 @@ def load(args, train_set, first, last, share, device):
 
 
 def on_device(messages, device):
-    """Loaded (views, local views, labels), several: all views and local views on the device."""
-    views, local, _ = zip(*messages, strict=True)
-    return [torch.cat([x.to(device, non_blocking=True) for x in part]) for part in (views, local)]
+    """Loaded (views by kind of crop, labels), several -> all views of each kind, on the device."""
+    kinds = zip(*(views for views, _ in messages), strict=True)
+    return [torch.cat([x.to(device, non_blocking=True) for x in kind]) for kind in kinds]
 
 
 def hold(data, workers, device):
