@@ -860,15 +860,16 @@ def test_heuristics_do_what_they_say():
         (["--ema", "0.9"], False, False),
         (["--targets", "full"], True, True),
     ):
-        args = train.parse_args([*TINY, "--no-amp", *flags])
+        args = train.parse_args([*TINY, "--data", "x", "--no-amp", *flags])
         train.fill_in(args, 20_000, 32, 1)
+        assert args.directions == ("one" if flags else "both")
         state = train.build(args, torch.device("cpu"))
         encoder, teacher = state["encoder"], state.get("teacher")
         modules = encoder, teacher, encoder, state["predictor"]
         settings, forward, _ = train.recipe(args, (), *modules, torch.device("cpu"))
         context, targets = settings["make_masks"]()
-        context, targets = context[:4], targets[:4]
-        _, z_target, _ = forward([images, images], (context, targets))
+        context, targets = context.expand(4, -1), targets.expand(4, -1, -1)
+        _, z_target, *_ = forward([images, images], (context, targets))
         assert z_target.requires_grad == gradient
         tokens = encoder(images, None if whole else targets)
         if whole:
@@ -1812,6 +1813,7 @@ def refuse(arguments, match):
         (["--lam", "-1"], "--lam -1"),
         (["--recipe", "crops", "--lam", "2"], "--lam 2.0 of --recipe crops must be at most 1"),
         (["--recipe", "crops", "--stop-grad"], "crops does not take --stop-grad"),
+        (["--ema", "0.9", "--directions", "both"], "--ema.*--directions one"),
         (["--local-views", "2"], "masked does not take --local-views"),
         (["--recipe", "crops", "--local-size", "20"], "--local-size 20 .*patch of vit_n8"),
         (["--ema", "1"], "--ema below 1"),

@@ -944,7 +944,7 @@ OPTIONS = [  # group, or option, type or choices, default (None: see above, fill
     ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
     ("lam", float, None, 0, "weight of SIGReg; crops: lam and 1 - lam"),
     ("targets", "blocks full", "blocks", "", "full: patches of the encoded whole image"),
-    ("stop-grad", bool, False, "", "no gradient through the targets"),
+    ("stop-grad", bool, False, "", "no gradient through the targets, SIGReg's neither"),
     ("ema", float, 0, 0, "targets by a teacher, the encoder's average with this momentum"),
     ("slices", int, 1024, 1, "random directions a step of sketched SIGReg"),
     "optimization",
@@ -1068,6 +1068,10 @@ def parse_args(argv=None):
         if getattr(args, name) != parser.get_default(name):
             option = "--" + name.replace("_", "-")
             sys.exit(f"train.py: --recipe {args.recipe} does not take {option}; leave it out")
+    if args.stop_grad or args.ema or args.targets == "full":  # without gradient, or see the context
+        if args.directions == "both":
+            sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
+        args.directions = "one"
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
     return args
