@@ -60,7 +60,7 @@ def read_out(encoder, images, pool, layers):
 
 
 @torch.no_grad()
-def extract_features(encoder, images, pool="avg", layers=1, batch_size=500, workers=0, amp=False):
+def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, workers=0, amp=False):
     """Features (N, D) float32 and labels (N,) int64 of all N images in order, on the CPU.
 
     encoder: images -> tokens (B, 1 + P, D) or features (B, D), or None: the pixels; images:
@@ -392,7 +392,7 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
     settings = settings | {"batch": batch, "last": last}
     add_drop_path(getattr(encoder, "blocks", []), options.drop_path)
     groups = layer_groups(encoder, head, options.layer_decay, options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=device.type == "cuda")
     parts = {"encoder": encoder, "head": head, "optimizer": optimizer}
     first = train.resume("probe.py", path, parts, settings, last, rank, world)
     encode, classify = (train.parallel(m, options, device, world) for m in (encoder, head))

@@ -21,6 +21,7 @@ B is the number of images of this rank's share of the batch; README explains the
 """
 
 import argparse
+import copy
 import datetime
 import json
 import math
@@ -40,7 +41,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
@@ -152,6 +152,13 @@ def set_rates(optimizer, args, step, last, warmup):
         optimizer.param_groups[1]["weight_decay"] = args.wd_end + fall
 
 
+@torch.no_grad()
+def follow(teacher, encoder, momentum):
+    """The teacher's weights become momentum times their own and the rest of the encoder's."""
+    for mean, p in zip(teacher.parameters(), encoder.parameters(), strict=True):
+        mean.lerp_(p, 1 - momentum)
+
+
 def masks_of(args, grid, count):
     """The masks that the flags ask for, `count` of them, as a function of the generator."""
     make = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
@@ -215,7 +222,7 @@ def first_pass(forward, pieces, seed):
         return forward(*pieces[0]())
     parts = []
     for i, piece in enumerate(pieces):
-        torch.manual_seed(seed + i)  # of stochastic depth, the same in both passes
+        torch.manual_seed(seed + i)
         with torch.no_grad():
             parts.append(forward(*piece()))
     return [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
@@ -248,7 +255,7 @@ def train(args, train_set, device, rank, world):
         return
     share = torch.arange(args.batch_size).tensor_split(world)[rank]
     loader, crops = load(args, train_set, first, last, share, device)
-    at_once = images_at_once(args, encoder, len(share), device)
+    count = number_of_pieces(args, encoder, device, world)
     modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
     settings, forward, loss_of = recipe(args, crops, encoder, teacher, *modules, device)
     writer, pool = start_log(args, first) if rank == 0 else None, ThreadPoolExecutor(1)
@@ -258,9 +265,10 @@ def train(args, train_set, device, rank, world):
     for step, batch in enumerate(loader, first + 1):
         waited += time.perf_counter() - ready
         seed = args.seed * 100_003 + step
-        parts = zip(share.split(at_once), *(x.split(at_once) for x in batch), strict=True)
+        parts = zip(*(x.tensor_split(count) for x in (share, *batch)), strict=True)
         pieces = [partial(draw, part, seed, some, **settings) for some, *part in parts]
-        embeddings = first_pass(forward, pieces, seed * 1000)
+        coins = (seed * world + rank) * 1000  # of stochastic depth, the same in both passes
+        embeddings = first_pass(forward, pieces, coins)
         regularizer = make_regularizer(args.sigreg, args.slices, seed)
         loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
         loss.backward()
@@ -269,12 +277,12 @@ def train(args, train_set, device, rank, world):
         measured = diagnostics(args, loss, pred, reg, embeddings) if log_now else {}
         if len(pieces) > 1:
             embeddings = [z.grad for z in embeddings]  # all that the second pass needs
-            second_pass(forward, pieces, seed * 1000, embeddings, modules)
+            second_pass(forward, pieces, coins, embeddings, modules)
         set_rates(optimizer, args, step, last, warmup)
         optimizer.step()
         optimizer.zero_grad()
         if teacher:
-            teacher.update_parameters(encoder)
+            follow(teacher, encoder, args.ema)
         healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
         stop_now = caught()
         save_now = step % args.save_every == 0 or step == last or stop_now
@@ -360,7 +368,7 @@ def build(args, device):
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
     state = dict(zip(PARTS, (encoder, predictor, optimizer), strict=True))
     if args.ema:
-        state["teacher"] = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        state["teacher"] = copy.deepcopy(encoder).requires_grad_(False)
     return state
 
 
@@ -383,16 +391,18 @@ def check_health(healthy, encoder, predictor, step, ckpt):
         sys.exit(f"train.py: loss or weight non-finite by step {step}: lower --lr; {ckpt} is whole")
 
 
-def images_at_once(args, encoder, count, device):
-    """How many of a rank's `count` images go at once: --micro-batch, or on GPUs what has room.
+def number_of_pieces(args, encoder, device, world):
+    """In how many pieces a rank's images go: by --micro-batch, or on GPUs by what has room.
 
+    The same on all ranks, also where their shares differ by an image: they reduce in the last one.
     A ViT's activations in bfloat16 come to 38 bytes a block, token and unit of width (measured for
     B, L and H); weights, gradients and AdamW's state to 16 bytes a parameter. A fifth is left free.
     """
+    count = -(-args.batch_size // world)  # the largest share
     if args.micro_batch and any("BatchNorm" in type(m).__name__ for m in encoder.modules()):
         sys.exit(f"train.py: {args.model} has batch norm, of whole batches; no --micro-batch then")
     if args.micro_batch or device.type != "cuda" or not hasattr(encoder, "blocks"):
-        return args.micro_batch or count
+        return -(-count // (args.micro_batch or count))
     patches, local = encoder.grid**2, (args.local_size // encoder.patch_size) ** 2
     if args.recipe == "masked":  # targets, and somewhat more than half the image as context
         asked = args.num_targets * sum(args.target_scale) / 2
@@ -405,7 +415,7 @@ def images_at_once(args, encoder, count, device):
     at_once = min(count, 2 ** int(math.log2(max(room / each, 1))))
     if at_once < count and os.environ.get("RANK", "0") == "0":
         print(f"train.py: {at_once} images a GPU at once (--micro-batch) of its {count}")
-    return at_once
+    return -(-count // at_once)
 
 
 def start_log(args, first):
@@ -485,9 +495,10 @@ def catch_signals(world):
         signal.signal(name, lambda number, _: caught.fill_(1))
 
     def any_rank():
+        now = caught.clone()  # what is caught while ranks wait for each other counts the next time
         if world > 1:
-            dist.all_reduce(caught, dist.ReduceOp.MAX)
-        return bool(caught)
+            dist.all_reduce(now, dist.ReduceOp.MAX)
+        return bool(now)
 
     return any_rank
 
@@ -798,16 +809,17 @@ def stack(items):
 
 def read(data, workers, **options):
     """A DataLoader's batches; an unreadable image ends the program with its one line."""
-    options |= {"num_workers": workers, "worker_init_fn": leave_interrupts}
+    options |= {"num_workers": workers, "worker_init_fn": leave_signals}
     try:
         yield from torch.utils.data.DataLoader(data, **options)
     except OSError as error:  # of a worker: its traceback, then the line
         sys.exit(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
 
 
-def leave_interrupts(worker):
-    """Ctrl-C is the main process's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals(worker):
+    """Signals are the main process's: a loader that one ends would end the run before it saves."""
+    for name in SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------------- checkpoint
@@ -942,7 +954,7 @@ OPTIONS = [  # group, or option, type or choices, default (None: see above, fill
     ("directions", "one both", None, "", "both: the context from each target, too"),
     ("sigreg", "spectral legendre sketched none", None, "", "see sigreg.py"),
     ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
-    ("lam", float, None, 0, "weight of SIGReg; crops: lam and 1 - lam"),
+    ("lam", float, None, 0, "weight of SIGReg; masked, sketched 13 / N"),
     ("targets", "blocks full", "blocks", "", "full: patches of the encoded whole image"),
     ("stop-grad", bool, False, "", "no gradient through the targets, SIGReg's neither"),
     ("ema", float, 0, 0, "targets by a teacher, the encoder's average with this momentum"),
@@ -979,8 +991,10 @@ def fill_in(args, count, side, world):
     names = [name for name in DEFAULTS if name not in UNUSED[args.recipe].split()]
     chosen = {name: DEFAULTS[name][kind] for name in names}
     chosen |= RECIPES[args.recipe]
-    chosen["batch_size"] = min(chosen["batch_size"], count)
-    chosen["weight_decay"] = 5e-4 if "resne" in (args.model or "") else 0.05
+    name = args.model or "vit"
+    chosen["weight_decay"] = 5e-4 if "resne" in name else 0.05
+    most = count if name.startswith("vit") else 2048  # batch norm: all activations at once
+    chosen["batch_size"] = min(chosen["batch_size"], most, count)
     # shapes are cheaper to draw than to send between processes
     cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen["workers"] = 0 if kind == 0 and args.recipe == "masked" else min(8, cores)
@@ -993,6 +1007,10 @@ def fill_in(args, count, side, world):
         args.image_size = 224 // patch * patch if few else max(side // patch, 2) * patch
     if args.local_size is None:
         args.local_size = max(round(0.43 * args.image_size / patch), 1) * patch
+    if "lam" in chosen and args.recipe == "masked" and args.sigreg == "sketched":
+        patches = (args.image_size // patch) ** 2  # about half of them are context
+        samples = args.batch_size * (patches / 2 if args.sigreg_on == "tokens" else 1)
+        args.lam = chosen["lam"] = float(f"{0.05 * 256 / samples:.1g}")  # it grows with them
     if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
         limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
