@@ -185,7 +185,7 @@ def recipe(args, crops, encoder, teacher, encode, predict, device):
         count = args.batch_size if args.masks_per == "image" else 1
         settings["make_masks"] = masks_of(args, encoder.grid, count)
         encode_target, relative = encode, args.pred == "relative"
-        if teacher or args.stop_grad:  # a lambda, as decorators copy a module's attributes
+        if teacher or args.stop_grad:  # not DDP's: no gradient; a lambda, as no_grad copies names
             encode_target = torch.no_grad()(lambda *inputs: (teacher or encoder)(*inputs))
         whole, both = args.targets == "full", args.directions == "both"
         forward = partial(masked_forward, encode, encode_target, predict, whole, both)
@@ -236,11 +236,12 @@ def second_pass(forward, pieces, seed, gradients, modules):
         for module in modules:
             module.require_backward_grad_sync = i + 1 == len(pieces)  # DDP's, what no_sync sets
         parts = forward(*piece())
-        end = start + len(parts[0])
-        some = zip(parts, gradients, strict=True)  # less --stop-grad's targets, what no loss saw
-        pairs = [(y, z[start:end]) for y, z in some if y.requires_grad and z is not None]
-        torch.autograd.backward(*zip(*pairs, strict=True))
-        start = end
+        rows = slice(start, start + len(parts[0]))
+        both = zip(parts, gradients, strict=True)  # less --stop-grad's targets, what no loss saw
+        pairs = [(y, slope[rows]) for y, slope in both if y.requires_grad and slope is not None]
+        embeddings, slopes = zip(*pairs, strict=True)
+        torch.autograd.backward(embeddings, slopes)
+        start = rows.stop
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -260,7 +261,7 @@ def train(args, train_set, device, rank, world):
     settings, forward, loss_of = recipe(args, crops, encoder, teacher, *modules, device)
     writer, pool = start_log(args, first) if rank == 0 else None, ThreadPoolExecutor(1)
     caught = catch_signals(world)
-    healthy, written = torch.ones((), dtype=torch.bool, device=device), None
+    healthy, saving = torch.ones((), dtype=torch.bool, device=device), None
     logged, start, waited, ready = first, time.perf_counter(), 0.0, time.perf_counter()
     for step, batch in enumerate(loader, first + 1):
         waited += time.perf_counter() - ready
@@ -296,12 +297,12 @@ def train(args, train_set, device, rank, world):
             write_log(args, row, last, writer)
             logged, start, waited = step, time.perf_counter(), 0.0
         if save_now and rank == 0:
-            written = store(written, pool, state, {"step": step, "args": vars(args)})
+            saving = store(saving, pool, state, {"step": step, "args": vars(args)})
         if stop_now:
             break
         ready = time.perf_counter()
     if rank == 0:
-        written.result()
+        saving.result()
         then = "the same command continues" if stop_now else f"next: python probe.py {args.ckpt}"
         print(f"train.py: step {step} of {last}, saved; {then}")
 
@@ -838,10 +839,10 @@ def on_host(state):
     return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
-def store(written, pool, parts, rest):
-    """Copies the state, has `pool` write it; `written`, the last one, must have ended well."""
-    if written:
-        written.result()
+def store(before, pool, parts, rest):
+    """Copies the state, has `pool` write it; the one before must have ended well."""
+    if before:
+        before.result()
     state = {name: part.state_dict() for name, part in parts.items()} | rest
     return pool.submit(save, on_host(state), Path(rest["args"]["ckpt"]), "train.py")
 
