@@ -570,7 +570,7 @@ def show(result, about, options):
         unit, protocol = "" if name == "erank" else "%", result[f"{name}_protocol"]
         blocks = options.blocks if name == "linear4" else options.layers
         features = f"{options.pool} pooling, blocks from the last: {blocks}"
-        features = "16 x 16 pixels" if options.pixels else features
+        features = "16 x 16 pixels" if options.pixels else features + ", bfloat16" * options.amp
         print(f"{name} {result[name]:.2f}{unit}  |  {about}, {features}, {protocol}")
 
 
@@ -623,7 +623,7 @@ def main(argv=None):
             found = run(encoder, who, data, sources, size, options, device)
             if found and rank == 0:
                 about = {"ckpt": options.ckpt, "data": data, "model": model, "step": step}
-                names = ("image_size", "pool", "layers", "untrained", "pixels", "seed")
+                names = ("image_size", "pool", "layers", "untrained", "pixels", "amp", "seed")
                 about |= {name: getattr(options, name) for name in names}
                 about |= {"train": len(sources[0]), "val": len(sources[1])}
                 about |= {"commit": commit(), "torch": torch.__version__}
