@@ -400,10 +400,12 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
     rows = torch.arange(batch).tensor_split(world)[rank]
     shares = train.batches(len(train_set), batch, first, last, options.seed, rows)
     mix = mixup_or_cutmix(options.mixup, options.cutmix, settings["classes"])
-    loader = train.read(crops, options.workers, batch_sampler=shares)
+    pinned = {"pin_memory": device.type == "cuda"}
+    loader = train.read(crops, options.workers, batch_sampler=shares, **pinned)
     for step, ((views,), labels) in enumerate(loader, first + 1):
         torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # mixes and drop path
-        images, labels = mix(train.normalize(views[:, 0].to(device) / 255), labels.to(device))
+        images, labels = (x.to(device, non_blocking=True) for x in (views[:, 0], labels))
+        images, labels = mix(train.normalize(images / 255), labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
             logits = classify(train.embed(encode(images))).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=options.smoothing)
