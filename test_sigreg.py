@@ -882,6 +882,19 @@ def test_heuristics_do_what_they_say():
     assert none(images.flatten(1)) == 0
 
 
+def test_lam_of_sketched_falls_with_the_samples():
+    for flags, lam in (
+        ([], 0.002),  # 256 images, some 32 of 64 patches
+        (["--sigreg-on", "pooled"], 0.05),
+        (["--lam", "0.1"], 0.1),
+        (["--recipe", "crops"], 0.05),
+    ):
+        flags = ["--data", "x", "--sigreg", "sketched", "--device", "cpu", *flags]
+        args = train.parse_args(flags)
+        train.fill_in(args, 50_000, 32, 1)
+        assert args.lam == lam
+
+
 def test_weight_decay_falls_to_its_end():
     args = train.parse_args([*TINY, "--weight-decay", "0", "--wd-end", "0.1"])
     train.fill_in(args, 20_000, 32, 1)
