@@ -1008,13 +1008,13 @@ def fill_in(args, count, side, world):
         args.image_size = 224 // patch * patch if few else max(side // patch, 2) * patch
     if args.local_size is None:
         args.local_size = max(round(0.43 * args.image_size / patch), 1) * patch
-    if "lam" in chosen and args.recipe == "masked" and args.sigreg == "sketched":
-        patches = (args.image_size // patch) ** 2  # about half of them are context
-        samples = args.batch_size * (patches / 2 if args.sigreg_on == "tokens" else 1)
-        args.lam = chosen["lam"] = float(f"{0.05 * 256 / samples:.1g}")  # it grows with them
     if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
         limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
+    if "lam" in chosen and args.recipe == "masked" and args.sigreg == "sketched":
+        context = max((args.image_size // patch) ** 2 // 2, 1)  # about half of the patches
+        samples = args.batch_size * (context if args.sigreg_on == "tokens" else 1)
+        args.lam = chosen["lam"] = float(f"{0.05 * 256 / samples:.1g}")  # it grows with them
     return chosen | {"image_size": args.image_size}
 
 
