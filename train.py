@@ -819,8 +819,8 @@ def read(data, workers, **options):
 
 def leave_signals(worker):
     """Signals are the main process's: a loader that one ends would end the run before it saves."""
-    for name in SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
+    os.setpgrp()  # torchrun and Ctrl-C send theirs to the group; SIGTERM is how a loader is ended
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------------- checkpoint
