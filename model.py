@@ -8,8 +8,8 @@
     encoder(images, targets)       # (B, K, 1 + Nt, D): each block on its own, targets (B, K, Nt)
     TransformerPredictor(768, 14 * 14)(tokens, context, targets)     # (B, K, Nt, D)
 
-There is one encoder: no EMA copy, no stop-gradient. Parameter names, shapes and numerics are those
-of timm's ViT, so a state dict of ours loads there with strict=True
+There is one encoder; train.py's --ema and --stop-grad are for comparison. Parameter names, shapes
+and numerics are those of timm's ViT, so a state dict of ours loads there with strict=True
 (timm.create_model("vit_base_patch16_224", num_classes=0)). This file needs torch alone.
 """
 

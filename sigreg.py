@@ -20,7 +20,7 @@ import time
 import torch
 import torch.distributed as dist
 
-RIDGE = 1e-4  # keeps log det finite; a constant batch then costs -log(1e-4) / 2 - 1/2 = 4.1 nats
+RIDGE = 1e-4  # keeps log det finite; zeros then cost -log(1e-4) / 2 - 1/2 = 4.1 nats a dimension
 
 
 # ------------------------------------------------------------------------- the losses, as on paper
@@ -89,16 +89,16 @@ def masked_loss(
 ):
     """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(embeddings of the batch)
 
-        pred   = mean (z_pred - z_target)^2           or relative: sum |z_pred - t|^2 / sum |t|^2
-                 and the mean of this and the same for z_back and the context, where there is one
-        SIGReg = of each image's mean token           or on tokens: (SIGReg(c) + SIGReg(t)) / 2
         c, t   = centre(z_context), centre(z_target)
+        pred   = mean (z_pred - z_target)^2           or relative: sum |z_pred - t|^2 / sum |t|^2
+        SIGReg = of each image's mean token           or on tokens: (SIGReg(c) + SIGReg(t)) / 2
 
     z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
     (B, K, Nt, D): predicted patches; z_back (B, K, Nc, D): the context's, predicted from each
-    target; regularizer: (N, D) -> scalar. CLS is in the mean token alone: nobody predicts it, and
-    it could carry the spread. A to the letter is spectral_sigreg, pooled, not relative, without
-    z_back. Gradients flow through everything. Returns loss, prediction loss, regularizer.
+    target: pred is then the mean of both directions'; regularizer: (N, D) -> scalar. CLS is in the
+    mean token alone: nobody predicts it, and it could carry the spread. A to the letter is
+    spectral_sigreg, pooled, not relative, without z_back. Gradients flow through everything.
+    Returns loss, prediction loss, regularizer.
     """
     context, target = z_context[:, 1:], z_target[:, :, 1:]
     c, t = centre(context), centre(target)
@@ -128,7 +128,7 @@ def multi_view_loss(z, num_global, lam, regularizer):
     return (1 - lam) * pred + lam * reg, pred, reg
 
 
-# ------------------------------------------------------------- the same over all ranks, and exactly
+# ------------------------------------------------------------------------- the same over all ranks
 # Under torch.distributed, tensors are this rank's share of the batch (shares may differ in size).
 # The value is that of the whole batch, and once DDP has averaged the parameter gradients they are
 # those of one process that holds it. Ranks exchange sums over images, never embeddings.
@@ -137,7 +137,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     Every rank back-propagates the same loss L(S) of the sum S: the backward sum is world * dL/dS,
     and DDP's division by world leaves the gradient of the whole batch. dist.all_reduce alone is
-    invisible to autograd: the gradient would be too small by 1 / world.
+    invisible to autograd: the gradient would be divided by world.
     """
 
     @staticmethod
@@ -175,7 +175,7 @@ def _check(z):
 
 
 def centre(z):
-    """z (B, ..., D) less its mean over the global batch, for every index but the first apart.
+    """z (B, ..., D) less its mean over the images of the global batch, at each other index apart.
 
     With one mask for the batch, index j is one place in every image. What is left sets the images
     apart: neither predicting nor spreading the places or the mask's outline pays. At least float32.
