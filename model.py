@@ -55,14 +55,12 @@ class Block(nn.Module):
 def init_weights(module):
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 def gather_tokens(x, indices):
     """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]]."""
-    flat = indices.flatten(1)
-    return x.gather(1, flat[..., None].expand(-1, -1, x.shape[2])).view(*indices.shape, x.shape[2])
+    return x.take_along_dim(indices.flatten(1)[..., None], dim=1).unflatten(1, indices.shape[1:])
 
 
 class VisionTransformer(nn.Module):
@@ -105,8 +103,7 @@ class VisionTransformer(nn.Module):
             x = block(x)
             last = [x, *last][:layers]
         x = self.norm(x) if layers == 1 else torch.cat([self.norm(x) for x in last], dim=-1)
-        blocks = indices is not None and indices.ndim == 3
-        return x.unflatten(0, indices.shape[:2]) if blocks else x
+        return x if indices is None else x.unflatten(0, indices.shape[:-1])
 
 
 def vit(name, image_size=224):

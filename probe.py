@@ -21,7 +21,6 @@ N training and N' validation images, D features, C classes, H linear heads; B, S
 
 import argparse
 import copy
-import hashlib
 import itertools
 import json
 import math
@@ -66,48 +65,37 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
     encoder: images -> tokens (B, 1 + P, D) or features (B, D), or None: the pixels; images:
     train.Images; pool: avg, the mean of the patch tokens, cls, the CLS token, or both side by side;
     layers: how many last blocks (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes its
-    share; rank 0 returns everything, the others their share. ValueError with fewer images than
-    ranks.
+    share, of one size: the last images are the first again. Rank 0 returns everything, the others
+    their share.
     """
     device = next(encoder.parameters()).device if encoder else torch.device("cpu")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(images) < world:
-        raise ValueError(f"probe.py: {len(images)} images do not reach {world} ranks; take fewer")
-    bounds = [len(images) * r // world for r in range(world + 1)]
-    first, last = bounds[rank], bounds[rank + 1]
-    chunks = [range(at, min(at + batch_size, last)) for at in range(first, last, batch_size)]
-    chunks = [[(0, i) for i in chunk] for chunk in chunks]
-    rows = len(images) if rank == 0 else last - first
-    features, labels, done = None, torch.zeros(rows, dtype=torch.int64), 0
+    each = -(-len(images) // world)
+    share = [(0, i % len(images)) for i in range(rank * each, (rank + 1) * each)]
+    chunks = [share[at : at + batch_size] for at in range(0, each, batch_size)]
+    found = []
     for (views,), label in train.read(images, workers, batch_sampler=chunks):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
-        if features is None:
-            features = torch.empty(rows, x.shape[1])
-        features[done : done + len(x)], labels[done : done + len(x)] = x.cpu(), label
-        done += len(x)
-    for r in range(1, world):
-        if rank == 0:
-            dist.recv(features[bounds[r] : bounds[r + 1]], r)
-            dist.recv(labels[bounds[r] : bounds[r + 1]], r)
-        elif rank == r:
-            dist.send(features, 0)
-            dist.send(labels, 0)
-    return features, labels
+        found.append((x.cpu(), label))
+    found = [torch.cat(x) for x in zip(*found, strict=True)]
+    for i, x in enumerate(found if world > 1 else ()):
+        parts = [torch.empty_like(x) for _ in range(world)] if rank == 0 else None
+        dist.gather(x, parts)
+        found[i] = torch.cat(parts or [x])[: len(images)]
+    return found
 
 
 # --------------------------------------------------------------------------- k-NN, linear, few-shot
 def check_labels(train_y, val_y):
     """ValueError where labels (N,), (N',) cannot be probed: missing, one class, unseen ones."""
     for name, y in (("training", train_y), ("validation", val_y)):
-        missing = int((y < 0).sum())
-        if missing:
-            raise ValueError(f"probe.py: {missing} of {len(y)} {name} images have no label")
-    known = train_y.unique()
-    if len(known) < 2:
+        if y.min() < 0:
+            raise ValueError(f"probe.py: {(y < 0).sum()} of {len(y)} {name} images have no label")
+    if train_y.min() == train_y.max():
         raise ValueError("probe.py: the training split has a single class; a probe needs two")
-    unseen = sorted(set(val_y.unique().tolist()) - set(known.tolist()))
-    if unseen:
+    unseen = val_y[~torch.isin(val_y, train_y.to(val_y.device))].unique()
+    if len(unseen):
         some = f"validation classes, such as {unseen[0]}, are"
         raise ValueError(f"probe.py: {len(unseen)} {some} not in the training split")
 
@@ -122,49 +110,21 @@ def knn_probe(train_x, train_y, val_x, val_y, ks=NEIGHBOURS, temperature=0.07):
     """
     check_labels(train_y, val_y)
     device, classes = train_x.device, int(train_y.max()) + 1
-    train_x, train_y = train_x.to(torch.float32, copy=True), train_y.to(device)
-    F.normalize(train_x, dim=1, out=train_x)  # one copy: of ImageNet it is 4 GB
+    train_x = F.normalize(train_x.float(), dim=1)
     right = torch.zeros(len(ks), dtype=torch.int64, device=device)
     chunk = max(2**26 // len(train_x), 1)
-    for x, y in zip(val_x.split(chunk), val_y.split(chunk), strict=True):
-        cosine = F.normalize(x.to(device).float(), dim=1) @ train_x.T
+    for x, y in zip(val_x.split(chunk), val_y.to(device).split(chunk), strict=True):
+        cosine = F.normalize(x.to(train_x), dim=1) @ train_x.T
         cosine, nearest = cosine.topk(min(max(ks), len(train_x)), dim=1)
         weight, label = (cosine / temperature).exp(), train_y[nearest]
         for i, k in enumerate(ks):
             votes = weight.new_zeros(len(x), classes)
             votes.scatter_add_(1, label[:, :k], weight[:, :k])
-            right[i] += (votes.argmax(1) == y.to(device)).sum()
-    percent = (100 * right.double() / len(val_y)).tolist()
-    top1 = {k: round(value, 2) for k, value in zip(ks, percent, strict=True)}
+            right[i] += (votes.argmax(1) == y).sum()
+    top1 = {k: round(100 * n / len(val_y), 2) for k, n in zip(ks, right.tolist(), strict=True)}
     k = 20 if 20 in top1 else ks[-1]
     protocol = f"k = {k}, cosine, temperature {temperature}"
     return {"knn": top1[k], "knn_k": top1, "knn_protocol": protocol}
-
-
-def principal_axes(x, rows):
-    """Mean (D,), map (D, R) to R principal axes of unit variance, and 1 / variance (R,) of each.
-
-    Of the standardised features x[rows], in float64. A thousandth is added to the variances, so
-    that axes on which the features have nothing are not blown up.
-    """
-    n, width, device = len(rows), x.shape[1], x.device
-    total = torch.zeros(width, dtype=torch.float64, device=device)
-    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-    for part in rows.split(2**14):
-        part = x[part].double()
-        total += part.sum(0)
-        gram += part.T @ part
-    mean = total / n
-    covariance = gram / n - mean * mean[:, None]
-    std = covariance.diagonal().clamp_min(1e-12).sqrt()
-    if n > width:
-        variance, axes = torch.linalg.eigh(covariance / std / std[:, None])
-    else:  # the same from n images directly, without the axes on which they all agree
-        z = (x[rows].double() - mean) / std
-        _, singular, axes = torch.linalg.svd(z, full_matrices=False)
-        variance, axes = singular.square() / n, axes.T
-    variance = variance.clamp_min(0) + 1e-3
-    return mean, axes / variance.sqrt() / std[:, None], 1 / variance
 
 
 @torch.no_grad()
@@ -177,18 +137,26 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     usual form; cosine rate, 10 passes and at least 400 steps) in principal axes scaled to variance
     1: the problem is well conditioned there, and 10 passes do what takes hundreds on standardised
     features. The penalty stays that of the standardised ones: 1 / variance on each axis, and its
-    step is implicit, so any decay is stable. rows: indices of the images to fit, by default all.
-    Returns weight (D, H, C) and bias (H, C), which act on x as it is, on the device of x.
+    step is implicit, so any decay is stable. A thousandth is added to the variances, so that axes
+    on which the features have nothing are not blown up. rows: indices of the images to fit, by
+    default all. Returns weight (D, H, C) and bias (H, C), which act on x as it is, on the device of
+    x.
     """
     rows = torch.arange(len(x)) if rows is None else rows.cpu()
     n, classes, count, device = len(rows), int(y.max()) + 1, len(heads), x.device
-    mean, turn, shrink = principal_axes(x, rows)
-    mean32, turn32, shrink = mean.float(), turn.float(), shrink.float()[:, None, None]
-    turned = (x[rows].float() - mean32) @ turn32
+    z = x[rows].float()
+    std, mean = torch.std_mean(z, 0, correction=0)
+    std = std.clamp_min(1e-6)
+    z = z.sub_(mean).div_(std)
+    correlation = sum((part.T @ part).double() for part in z.split(2**12)) / n
+    variance, axes = torch.linalg.eigh(correlation)
+    variance = variance.clamp_min(0) + 1e-3
+    turn = axes / variance.sqrt()
+    z = F.pad(z @ turn.float(), (0, 1), value=1.0)  # the last column is the bias's
+    shrink = F.pad(1 / variance, (0, 1)).float()[:, None, None]  # ... which does not decay
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
-    weight = torch.zeros(turn.shape[1], count, classes, device=device)
-    bias = torch.zeros(count, classes, device=device)
-    momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight = torch.zeros(z.shape[1], count, classes, device=device)
+    momentum = torch.zeros_like(weight)
     batch = min(1024, n)
     steps = max(10 * (n // batch), 400)
     generator = torch.Generator().manual_seed(seed)
@@ -197,19 +165,15 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
         if at == 0:
             order = torch.randperm(n, generator=generator)
         now = order[at : at + batch]
-        z = turned[now]
-        logits = torch.addmm(bias.flatten(), z, weight.flatten(1)).view(batch, count, classes)
+        logits = (z[now] @ weight.flatten(1)).view(batch, count, classes)
         error = logits.softmax(-1)  # less the one-hot labels, the gradient of the logits
-        label = y[rows[now], None, None].expand(-1, count, 1)
-        error.scatter_add_(2, label, error.new_full(label.shape, -1))
-        error = error.flatten(1) / batch
-        momentum.lerp_((z.T @ error).view_as(weight), 0.1)
-        bias_momentum.lerp_(error.sum(0).view_as(bias), 0.1)
+        error -= F.one_hot(y[rows[now]], classes)[:, None]
+        momentum.lerp_((z[now].T @ error.flatten(1) / batch).view_as(weight), 0.1)
         pace = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         weight.sub_(pace * momentum).div_(1 + pace * decay * shrink)
-        bias.sub_(pace * bias_momentum)
-    weight = turn @ weight.double().flatten(1)  # (D, H C), on the features as they came
-    bias = bias - (mean @ weight).view_as(bias)
+    weight, bias = weight[:-1].double(), weight[-1].double()
+    weight = (turn / std[:, None]) @ weight.flatten(1)  # (D, H C), on the features as they came
+    bias = bias - (mean.double() @ weight).view_as(bias)
     return weight.view(-1, count, classes).float(), bias.float()
 
 
@@ -217,10 +181,9 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
 def score(weight, bias, x, y):
     """Top-1 in percent of H heads: weight (D, H, C), bias (H, C), x (N, D), y (N,) -> list of H."""
     right = torch.zeros(len(bias), dtype=torch.int64, device=weight.device)
-    for part, label in zip(x.split(4096), y.split(4096), strict=True):
-        part, label = part.to(weight.device).float(), label.to(weight.device)
-        logits = torch.addmm(bias.flatten(), part, weight.flatten(1)).view(len(part), *bias.shape)
-        right += (logits.argmax(-1) == label[:, None]).sum(0)
+    for part, label in zip(x.split(4096), y.to(weight.device).split(4096), strict=True):
+        logits = torch.addmm(bias.flatten(), part.to(weight), weight.flatten(1))
+        right += (logits.view(-1, *bias.shape).argmax(-1) == label[:, None]).sum(0)
     return (100 * right.double() / len(y)).tolist()
 
 
@@ -238,9 +201,8 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
         raise ValueError("probe.py: one training image a class; the linear probe needs two")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
     order = order[train_y.cpu()[order].argsort(stable=True)]
-    held = torch.zeros(len(order), dtype=torch.bool)
-    held[order[::10]] = True
-    rest, held = (~held).nonzero()[:, 0], held.nonzero()[:, 0].to(train_x.device)
+    held = order[::10]
+    rest = order[torch.arange(len(order)) % 10 > 0].sort().values
     top1 = score(*fit_heads(train_x, train_y, heads, seed, rest), train_x[held], train_y[held])
     best = max(range(len(heads)), key=top1.__getitem__)
     weight, bias = fit_heads(train_x, train_y, [heads[best]], seed)
@@ -335,13 +297,6 @@ def add_drop_path(blocks, most):
             )
 
 
-def mixup_or_cutmix(mixup, cutmix, classes):
-    """(images, labels) -> the same after mixup or cutmix, by a coin a batch; 0 leaves one out."""
-    kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-    choices = [make(alpha=alpha, num_classes=classes) for make, alpha in kinds if alpha > 0]
-    return v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
-
-
 TUNED = "epochs steps batch_size lr layer_decay weight_decay drop_path smoothing mixup cutmix"
 
 
@@ -360,10 +315,9 @@ def finetune(encoder, who, train_set, val_set, size, options, path):
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     said = {name: getattr(options, name) for name in TUNED.split()}
-    settings = said | {"seed": options.seed}
-    weights = torch.cat([p.detach().double().flatten()[:99].cpu() for p in encoder.parameters()])
-    digest = hashlib.sha256(weights.numpy()).hexdigest()[:12]  # not another run's of that name
-    settings |= {"encoder": f"{who} {digest}", "size": size, "classes": classes}
+    mark = next(encoder.parameters()).flatten()[0].item()  # not another run's of that name
+    settings = said | {"encoder": f"{who} {mark}", "size": size, "classes": classes}
+    settings["seed"] = options.seed
     tune(encoder, head, train_set, size, options, settings, path, rank)
     if not all(p.isfinite().all() for p in [*encoder.parameters(), *head.parameters()]):
         sys.exit(f"probe.py: fine-tuning became non-finite; lower --lr, and delete {path}")
@@ -399,7 +353,9 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
     crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
     rows = torch.arange(batch).tensor_split(world)[rank]
     shares = train.batches(len(train_set), batch, first, last, options.seed, rows)
-    mix = mixup_or_cutmix(options.mixup, options.cutmix, settings["classes"])
+    kinds, classes = ((v2.MixUp, options.mixup), (v2.CutMix, options.cutmix)), settings["classes"]
+    mixes = [make(alpha=alpha, num_classes=classes) for make, alpha in kinds if alpha > 0]
+    mix = v2.RandomChoice(mixes or [v2.Identity()])  # one of them a batch
     pinned = {"pin_memory": device.type == "cuda"}
     loader = train.read(crops, options.workers, batch_sampler=shares, **pinned)
     for step, ((views,), labels) in enumerate(loader, first + 1):

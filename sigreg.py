@@ -208,20 +208,6 @@ def prediction_loss(z_pred, z_target, relative=False):
     return error / (scale.clamp_min(torch.finfo(scale.dtype).tiny) if relative else n)
 
 
-class _Gram(torch.autograd.Function):
-    """z^T z in float64, from blocks in z's precision; its gradient z (G + G^T) is one product."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return sum((rows.T @ rows).double() for rows in z.split(2**12))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (z,) = ctx.saved_tensors
-        return z @ (grad + grad.T).to(z.dtype)
-
-
 def _moments(z, dtype=torch.float32):
     """Row count, mean (D,) and centred Gram matrix (D, D) over all ranks, in float64: in two
     exchanges, as centring before the product keeps all digits when the mean is large."""
@@ -229,7 +215,8 @@ def _moments(z, dtype=torch.float32):
     z = z.to(torch.promote_types(z.dtype, dtype))
     n, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
     mean = total / n
-    (gram,) = sum_over_ranks(_Gram.apply(z - mean))
+    # float64 sums of products in z's precision
+    (gram,) = sum_over_ranks(sum((x.T @ x).double() for x in (z - mean).split(2**12)))
     return n.double(), mean.double(), gram
 
 
@@ -249,10 +236,8 @@ def spectral_sigreg(z):
     # largest value, centring by some eps of |z| in a constant column (16: with a margin).
     squares = gram.diagonal().sum() + n * mean.square().sum()
     rounding = (len(gram) * eps * eig[-1]).clamp_min((16 * eps) ** 2 * squares)
-    keep = (eig > rounding.detach()) & (eig > tiny)
-    sigma = torch.where(keep, torch.where(keep, eig, 1.0).sqrt(), 0.0)
-    s = sigma / sigma.sum().clamp_min(tiny)
-    entropy = -(s * torch.where(keep, s, 1.0).log()).sum()
+    sigma = eig[eig > rounding.clamp_min(tiny)].sqrt()
+    entropy = torch.special.entr(sigma / sigma.sum()).sum()
     return torch.where(finite, math.log(len(gram)) - entropy, torch.nan)
 
 
