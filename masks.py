@@ -18,8 +18,11 @@ from zlib import compress, crc32
 import torch
 import torch.nn.functional as F
 
+TARGET_ASPECT = (0.75, 1.5)  # least and most height / width of a target block, as in I-JEPA
+CONTEXT_SCALE = (0.85, 1.0)  # share of the grid that the context block takes, less the targets
 
-def _check(batch_size, grid, num_targets, min_context, target, context, aspect=(1, 1)):
+
+def _check(batch_size, grid, num_targets, min_context, target):
     """(height, width) of the grid if the arguments are legal; else an error that names one."""
     height, width = (grid, grid) if isinstance(grid, int) else grid
     if min(height, width) < 1 or height * width < 2:
@@ -27,16 +30,12 @@ def _check(batch_size, grid, num_targets, min_context, target, context, aspect=(
     for name, count in (("batch_size", batch_size), ("num_targets", num_targets)):
         if count < 1:
             raise ValueError(f"masks.py: {name} must be at least 1, got {count}")
-    scales = {  # a target as large as the image would leave no context
-        "target_scale": (target, 1 - 1e-9, "below 1"),
-        "target_aspect": (aspect, 1e9, "finite"),
-        "context_scale": (context, 1, "at most 1"),
-        "min_context": ((min_context, min_context), 1, "at most 1"),
-    }
-    for name, ((low, high), most, meaning) in scales.items():
-        if not 0 < low <= high <= most:
-            wanted = f"above 0, ascending and {meaning}, got {low} to {high}"
-            raise ValueError(f"masks.py: {name} must be {wanted}")
+    low, high = target
+    if not 0 < low <= high < 1:  # one as large as the image would leave no context
+        wanted = f"above 0, ascending and below 1, got {low} to {high}"
+        raise ValueError(f"masks.py: target_scale must be {wanted}")
+    if not 0 < min_context <= 1:
+        raise ValueError(f"masks.py: min_context must be above 0, at most 1, got {min_context}")
     return height, width
 
 
@@ -71,33 +70,25 @@ def _cover(rows, cols):
 
 
 def multi_block_masks(
-    batch_size,
-    grid,
-    num_targets=4,
-    target_scale=(0.15, 0.2),
-    target_aspect=(0.75, 1.5),
-    context_scale=(0.85, 1.0),
-    generator=None,
-    min_context=0.25,
+    batch_size, grid, num_targets=4, target_scale=(0.15, 0.2), min_context=0.25, generator=None
 ):
     """K rectangular target blocks per image, and one large context block less its image's targets.
 
-    grid: patches per side, or (height, width). Scales are shares of the grid's area, aspect is
-    height / width (log-uniform). One target size and one context size (square in units of the grid)
-    are drawn per call, positions per image; blocks of one image may overlap. Returns context (B,
-    Nc) and targets (B, K, Nt); ValueError names a bad argument.
+    grid: patches per side, or (height, width). Scales are shares of the grid's area, aspects are
+    log-uniform. One target size and one context size (square in units of the grid) are drawn per
+    call, positions per image; blocks of one image may overlap. Returns context (B, Nc) and targets
+    (B, K, Nt); ValueError names a bad argument.
 
     Nc is the smallest context of the batch. An image below min_context, a share of the grid, draws
     its places again, up to 8 times, then repeats its first target K times and takes free patches
     outside its context block where it still must.
     """
-    scales = target_scale, context_scale, target_aspect
-    height, width = _check(batch_size, grid, num_targets, min_context, *scales)
-    share, aspect = _uniform(target_scale, generator), _uniform(target_aspect, generator, log=True)
+    height, width = _check(batch_size, grid, num_targets, min_context, target_scale)
+    share, aspect = _uniform(target_scale, generator), _uniform(TARGET_ASPECT, generator, log=True)
     block = _block_size(height, width, share, aspect)
     if block == (height, width):  # rounding on a small grid: leave a line of patches to the context
         block = (height - 1, width) if height > 1 else (height, width - 1)
-    frame = _block_size(height, width, _uniform(context_scale, generator), height / width)
+    frame = _block_size(height, width, _uniform(CONTEXT_SCALE, generator), height / width)
     most = height * width - block[0] * block[1]
     wanted = min(max(round(min_context * height * width), 1), most)
 
@@ -128,22 +119,15 @@ def multi_block_masks(
 
 
 def random_masks(
-    batch_size,
-    grid,
-    num_targets=4,
-    target_scale=(0.15, 0.2),
-    context_scale=(0.85, 1.0),
-    generator=None,
-    min_context=0.25,
+    batch_size, grid, num_targets=4, target_scale=(0.15, 0.2), min_context=0.25, generator=None
 ):
     """The same pair without blocks: patches drawn independently of their neighbours.
 
     Each target set is a random share of the grid in target_scale, disjoint from its image's others
     as long as min_context of the grid stays free (else they overlap); the context is a share in
-    context_scale of the rest.
+    CONTEXT_SCALE of the rest.
     """
-    scales = target_scale, context_scale
-    height, width = _check(batch_size, grid, num_targets, min_context, *scales)
+    height, width = _check(batch_size, grid, num_targets, min_context, target_scale)
     num_patches = height * width
     pool = min(max(num_patches - max(round(min_context * num_patches), 1), 1), num_patches - 1)
     size = min(max(round(_uniform(target_scale, generator) * num_patches), 1), pool)
@@ -152,7 +136,7 @@ def random_masks(
     at = torch.arange(num_targets * size, device=device) % pool
     targets = order[:, at].view(batch_size, num_targets, size).sort().values
     rest = order[:, min(pool, num_targets * size) :]
-    length = max(round(_uniform(context_scale, generator) * rest.shape[1]), 1)
+    length = max(round(_uniform(CONTEXT_SCALE, generator) * rest.shape[1]), 1)
     return rest[:, :length].sort().values, targets
 
 

@@ -443,11 +443,12 @@ def test_masks_are_legal_on_any_grid(make, grid):
         assert not seen.gather(1, targets.flatten(1)).any()
 
 
-def test_block_masks_are_blocks_of_the_asked_size():
+def test_block_masks_are_blocks_of_the_asked_size(monkeypatch):
+    monkeypatch.setattr(masks, "TARGET_ASPECT", (0.5, 2.0))
     sizes, ratios = [], []
     for seed in range(300):
         context, targets = masks.multi_block_masks(
-            3, 32, target_scale=(0.1, 0.3), target_aspect=(0.5, 2.0), generator=generator(seed)
+            3, 32, target_scale=(0.1, 0.3), generator=generator(seed)
         )
         rows, cols = targets // 32, targets % 32
         h, w = rows.amax(-1) - rows.amin(-1) + 1, cols.amax(-1) - cols.amin(-1) + 1
@@ -487,11 +488,8 @@ def test_context_sizes_do_not_starve():
         (masks.multi_block_masks, {"num_targets": 0}, "num_targets"),
         (masks.multi_block_masks, {"target_scale": (0.2, 0.1)}, "target_scale"),
         (masks.multi_block_masks, {"target_scale": (0.5, 1.0)}, "target_scale"),
-        (masks.multi_block_masks, {"target_aspect": (0.0, 1.0)}, "target_aspect"),
-        (masks.multi_block_masks, {"context_scale": (0.5, 1.5)}, "context_scale"),
         (masks.multi_block_masks, {"min_context": 0.0}, "min_context"),
         (masks.random_masks, {"target_scale": (0.0, 0.1)}, "target_scale"),
-        (masks.random_masks, {"context_scale": (-1.0, 0.5)}, "context_scale"),
     ],
 )
 def test_masks_name_the_impossible_argument(make, settings, name):
@@ -1282,23 +1280,11 @@ def test_export_loads_elsewhere(trained, tmp_path, capsys):
     assert torch.allclose(theirs.forward_features(images), ours(images), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "train_y, val_y, match",
-    [
-        ([1, 1, 1, 1], [1, 1], "single class"),
-        ([0, 1, 0, -1], [0, 1], "1 of 4 training images have no label"),
-        ([0, 1, 0, 1], [-1, -1], "2 of 2 validation images have no label"),
-        (
-            [0, 1, 0, 1],
-            [2, 3],
-            "2 validation classes, such as 2, are not in the training split",
-        ),
-    ],
-)
-def test_probes_name_impossible_labels(train_y, val_y, match):
-    arguments = torch.randn(4, 3), torch.tensor(train_y), torch.randn(2, 3), torch.tensor(val_y)
+@pytest.mark.parametrize("train_y", [[1, 1, 1, 1], [0, 1, 0, -1]])
+def test_probes_name_impossible_labels(train_y):
+    arguments = torch.randn(4, 3), torch.tensor(train_y), torch.randn(2, 3), torch.tensor([0, 1])
     for call in (probe.knn_probe, probe.linear_probe, lambda *a: probe.few_shot_probe(*a, shots=1)):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(ValueError, match="^probe.py: the training split needs labels"):
             call(*arguments)
 
 
@@ -1328,7 +1314,7 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
         probe.main(probe_photos)
     (photos / "val" / "class2").rename(tmp_path / "aside")
     (photos / "train" / "class1").rename(tmp_path / "aside" / "more")
-    with pytest.raises(SystemExit, match="single class"):
+    with pytest.raises(SystemExit, match="of at least two classes"):
         probe.main(probe_photos)
     for extra, match in (
         (["--layers", "9"], "vit_n8 has 4 blocks"),
@@ -1870,9 +1856,10 @@ def test_bad_settings(arguments, match, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_log_of_a_run_named_with_a_dot_is_its_own():
-    assert train.beside("runs/lam0.1", ".jsonl") == Path("runs/lam0.1.jsonl")
-    assert train.beside("runs/lam0.1.pt", ".jsonl") == Path("runs/lam0.1.jsonl")
+def test_the_log_of_a_run_named_with_a_dot_is_its_own(tmp_path):
+    for name in ("lam0.1", "lam0.1.pt"):
+        log, _ = train.start_log(train.parse_args(["--ckpt", str(tmp_path / name)]), 0)
+        assert log == tmp_path / "lam0.1.jsonl"
 
 
 def test_every_rank_has_an_image(tmp_path):
@@ -1884,7 +1871,7 @@ def test_every_rank_has_an_image(tmp_path):
 def test_bad_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    refuse([*TINY, "--data", "empty"], "no train/ folder")
+    refuse([*TINY, "--data", "empty"], "empty has no train/<class>")
     (tmp_path / "hollow" / "train" / "dog").mkdir(parents=True)
     refuse([*TINY, "--data", "hollow"], "hollow")
     (tmp_path / "classless" / "train").mkdir(parents=True)

@@ -1,6 +1,6 @@
 """Train LeJEPA: one encoder, one loss, prediction + SIGReg; no teacher, no stop-gradient.
 
-    python train.py                                         # embedded set `shapes`: a minute
+    python train.py                                         # embedded `shapes`: 1 to 2 minutes
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data /data/photos                     # train/<class>/ and val/<class>/
     python train.py --data cifar10 --recipe crops --model resnet18                      # source B
@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
@@ -111,7 +112,7 @@ def masked_forward(encode, encode_target, predict, whole, both, views, masks):
 
 
 def crops_forward(encode, num_global, views, masks):
-    """Source B: encode the num_global full crops and the local ones, V in all: y (B, V, width)."""
+    """Source B: encode the num_global crops and the local ones, V in all: y (B, V, width)."""
     sizes = [crops for crops in (views[:num_global], views[num_global:]) if crops]
     y = torch.cat([embed(encode(torch.cat(crops))) for crops in sizes])  # (V B, width)
     return (y.unflatten(0, (len(views), -1)).transpose(0, 1),)
@@ -137,7 +138,7 @@ def make_regularizer(name, slices, seed):
 
 
 def learning_rate(step, last, lr, warmup=0, schedule="constant"):
-    """Rate of step 1 .. last: lr, times a linear rise over `warmup` steps, times half a cosine."""
+    """Rate of step 1 .. last: lr, a linear rise over `warmup` steps, then `schedule`."""
     rise = min(step / warmup, 1) if warmup else 1
     progress = max(step - warmup, 0) / max(last - warmup, 1)
     return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
@@ -152,18 +153,10 @@ def set_rates(optimizer, args, step, last, warmup):
         optimizer.param_groups[1]["weight_decay"] = args.wd_end + fall
 
 
-@torch.no_grad()
-def follow(teacher, encoder, momentum):
-    """The teacher's weights become momentum times their own and the rest of the encoder's."""
-    for mean, p in zip(teacher.parameters(), encoder.parameters(), strict=True):
-        mean.lerp_(p, 1 - momentum)
-
-
 def masks_of(args, grid, count):
     """The masks that the flags ask for, `count` of them, as a function of the generator."""
     make = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
-    context = {"min_context": args.min_context}
-    return partial(make, count, grid, args.num_targets, args.target_scale, **context)
+    return partial(make, count, grid, args.num_targets, args.target_scale, args.min_context)
 
 
 def recipe(args, crops, encoder, teacher, encode, predict, device):
@@ -185,7 +178,7 @@ def recipe(args, crops, encoder, teacher, encode, predict, device):
         count = args.batch_size if args.masks_per == "image" else 1
         settings["make_masks"] = masks_of(args, encoder.grid, count)
         encode_target, relative = encode, args.pred == "relative"
-        if teacher or args.stop_grad:  # not DDP's: no gradient; a lambda, as no_grad copies names
+        if teacher or args.stop_grad:  # past DDP: no gradient; a lambda, as no_grad copies names
             encode_target = torch.no_grad()(lambda *inputs: (teacher or encoder)(*inputs))
         whole, both = args.targets == "full", args.directions == "both"
         forward = partial(masked_forward, encode, encode_target, predict, whole, both)
@@ -195,8 +188,8 @@ def recipe(args, crops, encoder, teacher, encode, predict, device):
 
 @torch.no_grad()
 def diagnostics(args, loss, pred, reg, embeddings):
-    """What is logged: the losses, effective rank and standard deviation over all ranks, so call it
-    on each, of the images' mean tokens or global crops' features; on GPUs the peak memory."""
+    """What is logged: losses; effective rank, std of sigreg.pool or of the global crops' features
+    over all ranks, which must all call it; on GPUs the peak memory."""
     if args.recipe == "masked":
         pooled = sigreg.pool(*embeddings[:2])  # (B, D)
     else:
@@ -215,29 +208,27 @@ def diagnostics(args, loss, pred, reg, embeddings):
 # call of draw for some of the images, and costs nothing until it is made.
 
 
-def first_pass(forward, pieces, seed):
+def first_pass(forward, pieces, coins):
     """The embeddings of all pieces together; of several, without graph, as leaves."""
-    if len(pieces) == 1:
-        torch.manual_seed(seed)
-        return forward(*pieces[0]())
-    parts = []
+    alone, parts = len(pieces) == 1, []
     for i, piece in enumerate(pieces):
-        torch.manual_seed(seed + i)
-        with torch.no_grad():
+        torch.manual_seed(coins + i)
+        with torch.set_grad_enabled(alone):
             parts.append(forward(*piece()))
-    return [torch.cat(part).requires_grad_() for part in zip(*parts, strict=True)]
+    several = zip(*parts, strict=True)
+    return parts[0] if alone else [torch.cat(part).requires_grad_() for part in several]
 
 
-def second_pass(forward, pieces, seed, gradients, modules):
+def second_pass(forward, pieces, coins, gradients, modules):
     """Repeats the pieces, back-propagates the embeddings' gradients; ranks reduce in the last."""
     start = 0
     for i, piece in enumerate(pieces):
-        torch.manual_seed(seed + i)
+        torch.manual_seed(coins + i)
         for module in modules:
             module.require_backward_grad_sync = i + 1 == len(pieces)  # DDP's, what no_sync sets
         parts = forward(*piece())
         rows = slice(start, start + len(parts[0]))
-        both = zip(parts, gradients, strict=True)  # less --stop-grad's targets, what no loss saw
+        both = zip(parts, gradients, strict=True)  # less targets without gradient, what no loss saw
         pairs = [(y, slope[rows]) for y, slope in both if y.requires_grad and slope is not None]
         embeddings, slopes = zip(*pairs, strict=True)
         torch.autograd.backward(embeddings, slopes)
@@ -259,8 +250,8 @@ def train(args, train_set, device, rank, world):
     count = number_of_pieces(args, encoder, device, world)
     modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
     settings, forward, loss_of = recipe(args, crops, encoder, teacher, *modules, device)
-    writer, pool = start_log(args, first) if rank == 0 else None, ThreadPoolExecutor(1)
-    caught = catch_signals(world)
+    logs, pool = start_log(args, first) if rank == 0 else (), ThreadPoolExecutor(1)
+    caught, follow = catch_signals(world), get_ema_multi_avg_fn(args.ema)
     healthy, saving = torch.ones((), dtype=torch.bool, device=device), None
     logged, start, waited, ready = first, time.perf_counter(), 0.0, time.perf_counter()
     for step, batch in enumerate(loader, first + 1):
@@ -283,7 +274,7 @@ def train(args, train_set, device, rank, world):
         optimizer.step()
         optimizer.zero_grad()
         if teacher:
-            follow(teacher, encoder, args.ema)
+            follow(list(teacher.parameters()), list(encoder.parameters()), None)
         healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
         stop_now = caught()
         save_now = step % args.save_every == 0 or step == last or stop_now
@@ -294,7 +285,7 @@ def train(args, train_set, device, rank, world):
             seconds = time.perf_counter() - start
             row["lr"], row["wait"] = optimizer.param_groups[0]["lr"], round(waited / seconds, 3)
             row["images_per_s"] = round((step - logged) * args.batch_size / seconds, 3)
-            write_log(args, row, last, writer)
+            write_log(args, row, last, *logs)
             logged, start, waited = step, time.perf_counter(), 0.0
         if save_now and rank == 0:
             saving = store(saving, pool, state, {"step": step, "args": vars(args)})
@@ -308,9 +299,8 @@ def train(args, train_set, device, rank, world):
 
 
 # ------------------------------------------------------- what the loop is made of, and its log
-BACKBONES = (  # torchvision's families whose classifiers take any image size, (B, classes) out
-    "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg|wide_resnet"
-)
+# torchvision's families whose classifiers take any image size, (B, classes) out
+BACKBONES = "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg"
 
 
 def build_encoder(name, image_size):
@@ -321,7 +311,7 @@ def build_encoder(name, image_size):
     """
     if name not in models.list_models(module=models):
         return vit(name, image_size)
-    if not re.match(BACKBONES, name):
+    if not re.search(BACKBONES, name):  # resne: resnext and wide_resnet, too
         raise ValueError(f"train.py: {name} cannot be a backbone; these can: {BACKBONES}")
     encoder = models.get_model(name)
     linear = [(p, m) for p, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -343,26 +333,22 @@ def embed(features):
 def build(args, device):
     """By name: encoder, predictor or projector, AdamW that decays matrices, teacher or none."""
     torch.manual_seed(args.seed)
-    try:
-        encoder = build_encoder(args.model, args.image_size)
-        if args.recipe == "crops":
-            if args.local_size % getattr(encoder, "patch_size", 1):
-                wanted = f"a multiple of the patch of {args.model}"
-                raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
-            predictor = projector(encoder.dim, args.proj_dim)  # kept under the predictor's name
-        elif not hasattr(encoder, "grid"):
-            has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
-            raise ValueError(f"train.py: patch tokens: {has_none} or --recipe crops")
-        else:
-            masks_of(args, encoder.grid, 1)()  # ValueError where the settings are impossible
-            make = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor]
-            predictor = make(encoder.dim, encoder.grid**2)
-    except ValueError as error:
-        sys.exit(str(error))
+    encoder = build_encoder(args.model, args.image_size)
+    if args.recipe == "crops":
+        if args.local_size % getattr(encoder, "patch_size", 1):
+            wanted = f"a multiple of the patch of {args.model}"
+            raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
+        predictor = projector(encoder.dim, args.proj_dim)  # kept under the predictor's name
+    elif not hasattr(encoder, "grid"):
+        has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
+        raise ValueError(f"train.py: patch tokens: {has_none} or --recipe crops")
+    else:
+        masks_of(args, encoder.grid, 1)()  # ValueError where the settings are impossible
+        make = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor]
+        predictor = make(encoder.dim, encoder.grid**2)
     on_gpu, groups = device.type == "cuda", ([], [])
-    for module in (encoder.to(device), predictor.to(device)):
-        for name, p in module.named_parameters():
-            groups[name.endswith("weight") and p.ndim >= 2].append(p)
+    for name, p in torch.nn.ModuleList([encoder, predictor]).to(device).named_parameters():
+        groups[name.endswith("weight") and p.ndim >= 2].append(p)
     groups = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}]
     if on_gpu and not hasattr(encoder, "blocks"):
         encoder.to(memory_format=torch.channels_last)
@@ -386,7 +372,7 @@ def parallel(module, args, device, world):
 
 
 def check_health(healthy, encoder, predictor, step, ckpt):
-    """Ends the run if a loss was non-finite or a weight is: a finite loss can do it to one."""
+    """Ends the run if a loss was non-finite or a weight is, as a finite loss can make one."""
     weights = [*encoder.parameters(), *predictor.parameters()]
     if not healthy or not all(p.isfinite().all() for p in weights):
         sys.exit(f"train.py: loss or weight non-finite by step {step}: lower --lr; {ckpt} is whole")
@@ -421,7 +407,8 @@ def number_of_pieces(args, encoder, device, world):
 
 def start_log(args, first):
     """ckpt.jsonl with the command line, or cut back to `first`; TensorBoard's writer, or None."""
-    log = beside(args.ckpt, ".jsonl")
+    base = args.ckpt.removesuffix(".pt")  # a run named lam0.1 keeps its name
+    log = Path(f"{base}.jsonl")
     # after a resume each step stands once, and a line cut short by a kill goes
     lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
     kept = [x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first]
@@ -430,18 +417,13 @@ def start_log(args, first):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
-    return SummaryWriter(beside(args.ckpt, ".tb"), purge_step=first + 1)
+        return log, None
+    return log, SummaryWriter(f"{base}.tb", purge_step=first + 1)
 
 
-def beside(ckpt, suffix):
-    """The path beside ckpt.pt that ends in suffix; a run named lam0.1 keeps its name."""
-    return Path(ckpt.removesuffix(".pt") + suffix)
-
-
-def write_log(args, row, last, writer):
+def write_log(args, row, last, log, writer):
     """One logged step: a line on the screen, a JSON object in ckpt.jsonl, points in TensorBoard."""
-    with beside(args.ckpt, ".jsonl").open("a") as file:
+    with log.open("a") as file:
         file.write(json.dumps(row) + "\n")
     for key, value in row.items():
         if writer and key != "step":
@@ -459,7 +441,7 @@ SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 def ranks(script, device):
     """Device, rank and world size: joins torchrun's processes, and parts them at a clean end.
 
-    Ctrl-C and a device that is not there end the script in one line; signals are as before then.
+    Errors that name one of the scripts end it in their one line; signals are as before then.
     """
     handlers = {name: signal.getsignal(name) for name in SIGNALS}
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
@@ -481,6 +463,11 @@ def ranks(script, device):
         yield device, rank, world
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted; the same command continues from the last save")
+    except (OSError, ValueError) as error:  # a loading process puts its traceback before the line
+        line = str(error).strip().rpartition("\n")[2].removeprefix("OSError: ")
+        if not re.match(r"\w+\.py: ", line):  # none of ours
+            raise
+        sys.exit(line)
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
@@ -532,24 +519,22 @@ DATASETS = {
 }
 
 
-def box(x, y):
-    return np.maximum(abs(x), abs(y))
-
-
-SHAPES = {  # signed distance to each outline in a cell of side 2, negative inside; y points down
-    "disc": lambda x, y: np.hypot(x, y) - 0.6,
-    "ring": lambda x, y: abs(np.hypot(x, y) - 0.55) - 0.16,
-    "square": lambda x, y: box(x, y) - 0.55,
-    "frame": lambda x, y: abs(box(x, y) - 0.55) - 0.16,
-    "plus": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.18, box(x, y) - 0.75),
-    "cross": lambda x, y: np.maximum(
-        abs(abs(x) - abs(y)) / 2**0.5 - 0.18, (abs(x) + abs(y)) / 2**0.5 - 0.85
-    ),
-    "triangle": lambda x, y: np.maximum(y - 0.5, 0.87 * abs(x) - 0.5 * y - 0.3),
-    "chevron": lambda x, y: np.maximum(abs(y - 0.9 * abs(x) + 0.3) - 0.22, abs(x) - 0.75),
-    "equals": lambda x, y: np.maximum(abs(abs(y) - 0.45) - 0.17, abs(x) - 0.7),
-    "bar": lambda x, y: np.maximum(abs(x) - 0.2, abs(y) - 0.8),
-}
+def outlines(x, y):
+    """Signed distance to each outline in a cell of side 2, negative inside; y points down."""
+    ax, ay, radius = abs(x), abs(y), np.hypot(x, y)
+    box = np.maximum(ax, ay)
+    return {
+        "disc": radius - 0.6,
+        "ring": abs(radius - 0.55) - 0.16,
+        "square": box - 0.55,
+        "frame": abs(box - 0.55) - 0.16,
+        "plus": np.maximum(np.minimum(ax, ay) - 0.18, box - 0.75),
+        "cross": np.maximum(abs(ax - ay) / 2**0.5 - 0.18, (ax + ay) / 2**0.5 - 0.85),
+        "triangle": np.maximum(y - 0.5, 0.87 * ax - 0.5 * y - 0.3),
+        "chevron": np.maximum(abs(y - 0.9 * ax + 0.3) - 0.22, ax - 0.75),
+        "equals": np.maximum(abs(ay - 0.45) - 0.17, ax - 0.7),
+        "bar": np.maximum(ax - 0.2, ay - 0.8),
+    }
 
 
 class Shapes(torch.utils.data.Dataset):
@@ -563,7 +548,6 @@ class Shapes(torch.utils.data.Dataset):
 
     def __init__(self, size=32, seed=0, split="train"):
         self.size, self.seed, self.val = size, seed, split == "val"
-        self.classes = list(SHAPES)
         self.cell = -(-size // 4)
         rng = np.random.default_rng(0)  # the stencils are the same for every seed
         bounds = (-0.26, 0.26), (0.85, 1.15), (-0.24, 0.24), (-0.24, 0.24)
@@ -572,7 +556,8 @@ class Shapes(torch.utils.data.Dataset):
         x, y = at - dx, at[:, None] - dy
         cos, sin = np.cos(angle), np.sin(angle)
         x, y = (cos * x + sin * y) / scale, (cos * y - sin * x) / scale
-        distance = np.stack([outline(x, y) for outline in SHAPES.values()])
+        found = outlines(x, y)
+        self.classes, distance = list(found), np.stack(list(found.values()))
         # (10 kinds, 64 variants, cell, cell) in [0, 1], one pixel of slope at the outline
         self.stencils = np.clip(0.5 - distance * scale * self.cell / 2, 0, 1).astype(np.float32)
 
@@ -580,9 +565,8 @@ class Shapes(torch.utils.data.Dataset):
         return 4_000 if self.val else 20_000
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        rng, label = np.random.default_rng((self.seed, self.val, index)), index % len(SHAPES)
+        index = range(len(self))[index]  # an IndexError ends loops
+        rng, label = np.random.default_rng((self.seed, self.val, index)), index % len(self.classes)
         stencil = self.stencils[label, rng.integers(64, size=(4, 4))][..., None]
         ground, figure = rng.random((2, 4, 4, 1, 1, 3), dtype=np.float32)
         image = ground + (figure - ground) * stencil  # (4, 4, cell, cell, 3)
@@ -597,13 +581,7 @@ def read_image(path):
     try:
         return datasets.folder.pil_loader(path)
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
-        message = f"train.py: cannot read image {path} ({error}); replace or delete it"
-        raise OSError(message) from None
-
-
-def to_array(image):
-    """PIL image -> uint8 (H, W, 3)."""
-    return np.array(image.convert("RGB"))
+        raise OSError(f"train.py: cannot read image {path} ({error}); mend or delete it") from None
 
 
 def open_data(data, root, split, seed=0, image_size=32):
@@ -613,18 +591,14 @@ def open_data(data, root, split, seed=0, image_size=32):
     if data in DATASETS:
         make, *arguments = DATASETS[data]
         try:
-            return make(root, **arguments[split == "val"], download=True, transform=to_array)
+            return make(root, **arguments[split == "val"], download=True, transform=np.array)
         except (OSError, RuntimeError, ImportError) as error:  # no network, no room, no scipy ...
             sys.exit(f"train.py: --data {data} is not in {root} and cannot be had: {error}")
-    folder = Path(data)
-    if not folder.is_dir():
-        sys.exit(f"train.py: --data {data}: no such folder; or take shapes {' '.join(DATASETS)}")
-    if not (folder / split).is_dir():
-        sys.exit(f"train.py: {folder} has no {split}/ folder, with <class>/<image files> in it")
     try:
-        return datasets.ImageFolder(folder / split, to_array, loader=read_image)
-    except FileNotFoundError as error:  # no class folder, or one without images
-        sys.exit(f"train.py: {folder / split}: {str(error).splitlines()[0]}")
+        return datasets.ImageFolder(Path(data, split), np.array, loader=read_image)
+    except OSError as error:  # no folder, no class folder, or one without images
+        wanted = f"{split}/<class>/<image files>; or take shapes {' '.join(DATASETS)}"
+        sys.exit(f"train.py: {data} has no {wanted} ({str(error).splitlines()[0]})")
 
 
 class Images(torch.utils.data.Dataset):
@@ -635,12 +609,9 @@ class Images(torch.utils.data.Dataset):
     """
 
     def __init__(self, source, size, crops=(), seed=0):
-        self.source, self.seed, flip = source, seed, v2.RandomHorizontalFlip()
+        self.source, self.seed, self.flip = source, seed, v2.RandomHorizontalFlip()
         self.resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
-        self.crops = [
-            (count, v2.Compose([v2.RandomResizedCrop(side, scale), flip]))
-            for count, side, *scale in crops
-        ]
+        self.crops = [(n, v2.RandomResizedCrop(side, scale)) for n, side, *scale in crops]
 
     def __len__(self):
         return len(self.source)
@@ -655,7 +626,8 @@ class Images(torch.utils.data.Dataset):
         seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(seed))
-            return [torch.stack([crop(image) for _ in range(n)]) for n, crop in self.crops], label
+            views = [[self.flip(crop(image)) for _ in range(n)] for n, crop in self.crops]
+            return [torch.stack(kind) for kind in views], label
 
 
 def resized_crop(x, u, size, scale):
@@ -794,27 +766,19 @@ def on_device(messages, device):
 
 def hold(data, workers, device):
     """All images, uint8 (N, 3, H, W), on the device; None if they differ in size or are large."""
-    if shorter_side(data) > 96 or len(data) * 3 * 96**2 > 2**33:
+    if min(data[0][0].shape[:2]) > 96 or len(data) * 3 * 96**2 > 2**33:
         return None
     try:
-        parts = list(read(data, workers, batch_size=500, collate_fn=stack))
-        return torch.cat(parts).to(device)
-    except (RuntimeError, ValueError):  # torch.cat's and np.stack's, where sizes differ
+        whole = torch.cat([images for images, _ in read(data, workers, batch_size=500)])
+        return whole.permute(0, 3, 1, 2).to(device)
+    except RuntimeError:  # torch's, where sizes differ
         return None
-
-
-def stack(items):
-    """(image, label) pairs -> uint8 (B, 3, H, W)."""
-    return torch.from_numpy(np.stack([image for image, _ in items])).permute(0, 3, 1, 2)
 
 
 def read(data, workers, **options):
-    """A DataLoader's batches; an unreadable image ends the program with its one line."""
+    """A DataLoader's batches."""
     options |= {"num_workers": workers, "worker_init_fn": leave_signals}
-    try:
-        yield from torch.utils.data.DataLoader(data, **options)
-    except OSError as error:  # of a worker: its traceback, then the line
-        sys.exit(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
+    return iter(torch.utils.data.DataLoader(data, **options))
 
 
 def leave_signals(worker):
@@ -834,8 +798,6 @@ def on_host(state):
     """A copy of the state's tensors in host memory, which later steps leave alone."""
     if isinstance(state, dict):
         return {name: on_host(part) for name, part in state.items()}
-    if isinstance(state, list):
-        return [on_host(part) for part in state]
     return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
@@ -1030,13 +992,11 @@ def patch_size(model, side):
     return max(int(name[1]), 1) if name else 1 if "resne" in model and side <= 96 else 32
 
 
-def shorter_side(data):
-    """Pixels of the shorter side of the first image."""
-    return min(next(read(data, 0, batch_size=1, collate_fn=stack)).shape[2:])
+def parse(script, parser, argv, options, text_of=lambda name: None):
+    """The arguments by a table such as OPTIONS; text_of: name -> what [default] says, or None.
 
-
-def add_options(parser, options, text_of=lambda name: None):
-    """Adds the rows of a table such as OPTIONS; text_of: name -> what [default] says, or None."""
+    Exits in one line that names the first option below its least number, or not a number.
+    """
     for row in options:
         if isinstance(row, str):
             add = parser.add_argument_group(row).add_argument
@@ -1053,14 +1013,12 @@ def add_options(parser, options, text_of=lambda name: None):
             add(f"--{name}", choices=kind.split(), default=default, help=help)
         else:
             add(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=help)
-
-
-def check_options(script, args, options):
-    """Exits in one line that names the first option below its least number, or not a number."""
+    args = parser.parse_args(argv)
     for name, _, _, least, _ in [row for row in options if not isinstance(row, str)]:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and least != "" and not value >= least:
             sys.exit(f"{script}: --{name} {value} must be at least {least}")
+    return args
 
 
 def default_text(name):
@@ -1078,9 +1036,7 @@ def parse_args(argv=None):
         description=f"[default], by data, the last goes on: {KINDS}; by recipe",
         formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=33),
     )
-    add_options(parser, OPTIONS, default_text)
-    args = parser.parse_args(argv)
-    check_options("train.py", args, OPTIONS)
+    args = parse("train.py", parser, argv, OPTIONS, default_text)
     if args.lr == 0 or args.min_context == 0 or args.ema >= 1:
         sys.exit("train.py: --lr and --min-context must be above 0, --ema below 1")
     for name in UNUSED[args.recipe].split():
@@ -1104,7 +1060,7 @@ def main(argv=None):
         with first_of_node():
             train_set = open_data(args.data, args.data_root, "train", args.seed, args.image_size)
         if args.data != "shapes":
-            chosen = fill_in(args, len(train_set), shorter_side(train_set), world)
+            chosen = fill_in(args, len(train_set), min(train_set[0][0].shape[:2]), world)
         if rank == 0:
             said = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
             data = f"{len(train_set):,} images of {args.data}, {world} x {device.type}"
