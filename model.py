@@ -176,7 +176,7 @@ class TransformerPredictor(nn.Module):
         x = torch.cat([x[:, :1], context, asked], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.proj(self.norm(x[:, tokens.shape[1] :])).view(*targets.shape, -1)
+        return self.proj(self.norm(x[:, tokens.shape[1] :])).unflatten(1, targets.shape[1:])
 
 
 def projector(dim, out_dim, hidden=2048):

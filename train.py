@@ -108,7 +108,7 @@ def masked_forward(encode, encode_target, predict, whole, both, views, masks):
         return z_context, z_target, z_pred
     asked = context[:, None].expand(-1, targets.shape[1], -1)  # of each target: the context
     z_back = predict(z_target.flatten(0, 1), targets.flatten(0, 1), asked.flatten(0, 1)[:, None])
-    return z_context, z_target, z_pred, z_back.view(*asked.shape, -1)  # (B, K, Nc, D)
+    return z_context, z_target, z_pred, z_back[:, 0].unflatten(0, asked.shape[:2])  # (B, K, Nc, D)
 
 
 def crops_forward(encode, num_global, views, masks):
