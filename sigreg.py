@@ -215,7 +215,6 @@ def _moments(z, dtype=torch.float32):
     z = z.to(torch.promote_types(z.dtype, dtype))
     n, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
     mean = total / n
-    # float64 sums of products in z's precision
     (gram,) = sum_over_ranks(sum((x.T @ x).double() for x in (z - mean).split(2**12)))
     return n.double(), mean.double(), gram
 
@@ -236,8 +235,10 @@ def spectral_sigreg(z):
     # largest value, centring by some eps of |z| in a constant column (16: with a margin).
     squares = gram.diagonal().sum() + n * mean.square().sum()
     rounding = (len(gram) * eps * eig[-1]).clamp_min((16 * eps) ** 2 * squares)
-    sigma = eig[eig > rounding.clamp_min(tiny)].sqrt()
-    entropy = torch.special.entr(sigma / sigma.sum()).sum()
+    keep = eig > rounding.detach().clamp_min(tiny)
+    sigma = torch.where(keep, torch.where(keep, eig, 1.0).sqrt(), 0.0)
+    s = sigma / sigma.sum().clamp_min(tiny)
+    entropy = -(s * torch.where(keep, s, 1.0).log()).sum()
     return torch.where(finite, math.log(len(gram)) - entropy, torch.nan)
 
 
