@@ -397,6 +397,8 @@ def number_of_pieces(args, encoder, device, world):
     else:
         tokens = args.global_views * (patches + 1) + args.local_views * (local + 1)
     each = 38 * len(encoder.blocks) * encoder.dim * tokens * (1 if args.amp else 2)
+    if args.directions == "both":  # the context once for each target, in float32 for its loss
+        each += 110 * encoder.dim * 0.55 * patches * args.num_targets
     room = 0.8 * torch.cuda.get_device_properties(device).total_memory
     room -= 16 * sum(p.numel() for p in encoder.parameters())
     at_once = min(count, 2 ** int(math.log2(max(room / each, 1))))
@@ -873,11 +875,9 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
     "model":        ("vit_n8",   "vit_n4",   "vit_n8",   "vit_s16",    "vit_b16"),
     "augment":      ("none",     "color",    "color",    "none",       "none"),
     "masks_per":    ("image",    "batch",    "batch",    "batch",      "batch"),
-    "num_targets":  (2,          2,          2,          4,            4),
-    "target_scale": ([0.4, 0.6], [0.2, 0.3], [0.2, 0.3], [0.15, 0.2],  [0.15, 0.2]),
-    "min_context":  (0.35,       0.35,       0.35,       0.25,         0.25),
+    "target_scale": ([0.4, 0.6], [0.2, 0.3], [0.2, 0.3], [0.2, 0.3],   [0.2, 0.3]),
     "pred":         ("mse",      "relative", "relative", "relative",   "relative"),
-    "directions":   ("one",      "both",     "both",     "one",        "one"),
+    "directions":   ("one",      "both",     "both",     "both",       "both"),
     "sigreg_on":    ("pooled",   "tokens",   "tokens",   "tokens",     "tokens"),
     "batch_size":   (256,        256,        256,        256,          4096),
     "epochs":       (5,          100,        100,        300,          300),
@@ -909,9 +909,9 @@ OPTIONS = [  # group, or option, type or choices, default (None: see above, fill
     ("proj-dim", int, 64, 1, "crops: width of the projection that the loss sees"),
     ("masks", "blocks random", "blocks", "", "targets are rectangles, or scattered patches"),
     ("masks-per", "batch image", None, "", "batch: one for all, its outline is no shortcut"),
-    ("num-targets", int, None, 1, "target blocks an image"),
+    ("num-targets", int, 2, 1, "target blocks an image"),
     ("target-scale", [float, float], None, "", "share of patches in a target"),
-    ("min-context", float, None, 0, "least share of patches for the context"),
+    ("min-context", float, 0.35, 0, "least share of patches for the context"),
     "loss",
     ("pred", "relative mse", None, "", "relative: share unexplained, shrinking gains nothing"),
     ("directions", "one both", None, "", "both: the context from each target, too"),
