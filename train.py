@@ -362,7 +362,10 @@ def build(args, device):
 def parallel(module, args, device, world):
     """The module as the loop calls it; `module` itself keeps its names for the checkpoint."""
     if getattr(args, "compile", False):  # mask sizes change by the step, crops have two
-        module = torch.compile(module, dynamic=args.recipe == "masked")
+        # on GPUs torch 2.11 crashes with these where sizes change (pytorch #181563), 2.14 does not
+        faulty = ["triton.coalesce_tiling_analysis", "triton.mix_order_reduction"]
+        off = dict.fromkeys(faulty if torch.__version__ < "2.14" else [], False)
+        module = torch.compile(module, dynamic=args.recipe == "masked", options=off)
     if world > 1:
         if device.type == "cuda":  # batch norm over the global batch, as SIGReg is
             module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -409,8 +412,7 @@ def number_of_pieces(args, encoder, device, world):
 
 def start_log(args, first):
     """ckpt.jsonl with the command line, or cut back to `first`; TensorBoard's writer, or None."""
-    base = args.ckpt.removesuffix(".pt")  # a run named lam0.1 keeps its name
-    log = Path(f"{base}.jsonl")
+    log = Path(args.ckpt.removesuffix(".pt") + ".jsonl")  # a run named lam0.1 keeps its name
     # after a resume each step stands once, and a line cut short by a kill goes
     lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
     kept = [x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first]
@@ -420,7 +422,7 @@ def start_log(args, first):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return log, None
-    return log, SummaryWriter(f"{base}.tb", purge_step=first + 1)
+    return log, SummaryWriter(log.with_suffix(".tb"), purge_step=first + 1)
 
 
 def write_log(args, row, last, log, writer):
@@ -430,9 +432,8 @@ def write_log(args, row, last, log, writer):
     for key, value in row.items():
         if writer and key != "step":
             writer.add_scalar(key, value, row["step"])
-    left = (last - row["step"]) * args.batch_size / row["images_per_s"]
     numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
-    eta = datetime.timedelta(seconds=int(left))
+    eta = datetime.timedelta(seconds=(last - row["step"]) * args.batch_size // row["images_per_s"])
     print("  ".join([f"step {row['step']}/{last}", *numbers, f"eta {eta}"]), flush=True)
 
 
@@ -952,8 +953,7 @@ def fill_in(args, count, side, world):
     larger = 2 if side <= 96 else 3 if count < 500_000 else 4
     kind = 0 if args.data == "shapes" else 1 if side <= 48 else larger
     names = [name for name in DEFAULTS if name not in UNUSED[args.recipe].split()]
-    chosen = {name: DEFAULTS[name][kind] for name in names}
-    chosen |= RECIPES[args.recipe]
+    chosen = {name: DEFAULTS[name][kind] for name in names} | RECIPES[args.recipe]
     name = args.model or "vit"
     chosen["weight_decay"] = 5e-4 if "resne" in name else 0.05
     most = count if name.startswith("vit") else 2048  # batch norm: all activations at once
