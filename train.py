@@ -362,10 +362,10 @@ def build(args, device):
 def parallel(module, args, device, world):
     """The module as the loop calls it; `module` itself keeps its names for the checkpoint."""
     if getattr(args, "compile", False):  # mask sizes change by the step, crops have two
-        # on GPUs torch 2.11 crashes with these where sizes change (pytorch #181563), 2.14 does not
-        faulty = ["triton.coalesce_tiling_analysis", "triton.mix_order_reduction"]
-        off = dict.fromkeys(faulty if torch.__version__ < "2.14" else [], False)
-        module = torch.compile(module, dynamic=args.recipe == "masked", options=off)
+        dynamic, old = args.recipe == "masked", torch.__version__ < "2.14"
+        # with these torch 2.11 crashes on GPUs where sizes change (pytorch #181563), 2.14 does not
+        off = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
+        module = torch.compile(module, dynamic=dynamic, options=off if dynamic and old else None)
     if world > 1:
         if device.type == "cuda":  # batch norm over the global batch, as SIGReg is
             module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
