@@ -127,24 +127,25 @@ def vit(name, image_size=224):
 class MLPPredictor(nn.Module):
     """Two layers on the pooled context and the position of the patch to predict.
 
-    z_bki = W2 gelu(W1 [mean of b's tokens, CLS too ; position embedding of patch targets_bki])
+        z_bki = W2 gelu(W1 [mean of b's tokens, CLS too ; position embedding of patch targets_bki])
 
-    tokens (B, 1 + Nc, D), context (B, Nc) (unused: the pool has no order), targets (B, K, Nt) ->
-    (B, K, Nt, D).
+    of width * D hidden units. tokens (B, 1 + Nc, D), context (B, Nc) (unused: a pool has no order),
+    targets (B, K, Nt) -> (B, K, Nt, D).
     """
 
-    def __init__(self, dim, num_patches):
+    def __init__(self, dim, num_patches, width=4):
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, dim))
-        self.fc1 = nn.Linear(2 * dim, dim)
-        self.fc2 = nn.Linear(dim, dim)
+        self.fc1 = nn.Linear(2 * dim, width * dim)
+        self.fc2 = nn.Linear(width * dim, dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_weights)
 
     def forward(self, tokens, context, targets):
-        position = gather_tokens(self.pos_embed.expand(len(targets), -1, -1), targets)
-        pooled = tokens.mean(1)[:, None, None].expand_as(position)
-        return self.fc2(F.gelu(self.fc1(torch.cat([pooled, position], dim=-1))))
+        of_image, of_place = self.fc1.weight.tensor_split(2, dim=1)  # once an image, once a place
+        place = F.linear(self.pos_embed, of_place).expand(len(targets), -1, -1)  # (B, P, width * D)
+        image = F.linear(tokens.mean(1), of_image, self.fc1.bias)[:, None, None]
+        return self.fc2(F.gelu(image + gather_tokens(place, targets)))
 
 
 class TransformerPredictor(nn.Module):

@@ -599,8 +599,6 @@ def test_predictors_share_a_call_and_use_their_input(predictor):
     )  # the position matters
     z[0].sum().backward()
     assert tokens.grad[1:].abs().max() == 0  # images do not mix
-    if predictor is model.MLPPredictor:
-        assert predict.fc1.out_features <= 32
 
 
 def test_block_is_torchs_layer():
@@ -647,6 +645,21 @@ def test_predictors_know_places(predictor):
     assert torch.allclose(moved, z) == (predictor is model.MLPPredictor)
     tokens[:, 0] += 1
     assert not torch.allclose(predict(tokens, context, targets), z)  # CLS is read
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_mlp_predictor_is_its_definition(width):
+    torch.manual_seed(0)
+    _, targets = masks.multi_block_masks(3, 8, 2, generator=generator())
+    tokens, predict = gaussian(3, 11 * 32, 0).view(3, 11, 32), model.MLPPredictor(32, 64, width)
+    predict = predict.double()
+    predict.pos_embed.data *= 50
+    z = predict(tokens, None, targets)
+    for b, k, i in itertools.product(range(3), range(2), range(targets.shape[2])):
+        pair = torch.cat([tokens[b].mean(0), predict.pos_embed[0, targets[b, k, i]]])
+        hidden = torch.nn.functional.gelu(predict.fc1(pair))
+        assert len(hidden) == 32 * width
+        torch.testing.assert_close(z[b, k, i], predict.fc2(hidden))
 
 
 def test_masked_forward_is_its_definition():
@@ -2066,7 +2079,8 @@ MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched|--sigreg none|--sigreg-
 --pred relative|--directions both|--targets full|--predictor transformer|--masks random
 --masks-per batch|--num-targets 3|--min-context 0.6|--target-scale 0.2 0.2|--augment color
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
---recipe crops --proj-dim 8|--recipe crops --augment color"""
+--recipe crops --proj-dim 8|--recipe crops --augment color
+--predictor-size 2|--predictor transformer --predictor-size 2"""
 
 
 def test_no_option_is_ignored():

@@ -345,7 +345,7 @@ def build(args, device):
     else:
         masks_of(args, encoder.grid, 1)()  # ValueError where the settings are impossible
         make = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor]
-        predictor = make(encoder.dim, encoder.grid**2)
+        predictor = make(encoder.dim, encoder.grid**2, args.predictor_size)
     on_gpu, groups = device.type == "cuda", ([], [])
     for name, p in torch.nn.ModuleList([encoder, predictor]).to(device).named_parameters():
         groups[name.endswith("weight") and p.ndim >= 2].append(p)
@@ -401,7 +401,7 @@ def number_of_pieces(args, encoder, device, world):
         tokens = args.global_views * (patches + 1) + args.local_views * (local + 1)
     each = 38 * len(encoder.blocks) * encoder.dim * tokens * (1 if args.amp else 2)
     if args.directions == "both":  # the context once for each target, in float32 for its loss
-        each += 110 * encoder.dim * 0.55 * patches * args.num_targets
+        each += (94 + 17 * args.predictor_size) * encoder.dim * 0.55 * patches * args.num_targets
     room = 0.8 * torch.cuda.get_device_properties(device).total_memory
     room -= 16 * sum(p.numel() for p in encoder.parameters())
     at_once = min(count, 2 ** int(math.log2(max(room / each, 1))))
@@ -506,7 +506,6 @@ def first_of_node():
 
 
 # ------------------------------------------------------------------------------------------- data
-
 #   name: (class, arguments of the training split, of the one that is reported)
 DATASETS = {
     "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
@@ -791,7 +790,6 @@ def leave_signals(worker):
 
 
 # -------------------------------------------------------------------------------------- checkpoint
-
 # what may differ between the run that wrote a checkpoint and the one that continues it
 MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
 PARTS = ("encoder", "predictor", "optimizer")
@@ -886,8 +884,8 @@ DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ...
 }
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim",
-    "crops": "predictor masks masks_per num_targets target_scale min_context pred directions "
-    "sigreg_on targets stop_grad ema",
+    "crops": "predictor predictor_size masks masks_per num_targets target_scale min_context pred "
+    "directions sigreg_on targets stop_grad ema",
 }
 RECIPES = {  # what the recipe then says
     "masked":       {"sigreg": "legendre", "lam": 1.0},
@@ -907,6 +905,7 @@ OPTIONS = [  # group, or option, type or choices, default (None: see above, fill
     ("recipe", "masked crops", "masked", "", "A: predict hidden patches; B: embed crops alike"),
     ("model", str, None, "", "vit_{n,t,s,b,l,h}{patch}; crops: resnet18 ..."),
     ("predictor", "mlp transformer", "mlp", "", "from the pooled context, or attending to it"),
+    ("predictor-size", int, 4, 1, "mlp: hidden units, in widths of the encoder; else blocks"),
     ("proj-dim", int, 64, 1, "crops: width of the projection that the loss sees"),
     ("masks", "blocks random", "blocks", "", "targets are rectangles, or scattered patches"),
     ("masks-per", "batch image", None, "", "batch: one for all, its outline is no shortcut"),
