@@ -903,7 +903,7 @@ OPTIONS = [  # group, or option, type or choices, default (None: see above, fill
     ("workers", int, None, 0, "processes that load images; speed only [cores, at most 8]"),
     "model",
     ("recipe", "masked crops", "masked", "", "A: predict hidden patches; B: embed crops alike"),
-    ("model", str, None, "", "vit_{n,t,s,b,l,h}{patch}; crops: resnet18 ..."),
+    ("model", str, None, "", "vit_n8 ... vit_h14, resnet18"),
     ("predictor", "mlp transformer", "mlp", "", "from the pooled context, or attending to it"),
     ("predictor-size", int, 4, 1, "mlp: hidden units, in widths of the encoder; else blocks"),
     ("proj-dim", int, 64, 1, "crops: width of the projection that the loss sees"),
