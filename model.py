@@ -1,16 +1,16 @@
-"""The encoder, the two predictors and the projector of LeJEPA.
-
-    python model.py             # prints every model's parameters and GFLOPs per image
+"""The encoder, the predictors and the projector of LeJEPA, and its two methods, a module each.
 
     encoder = vit("vit_b16", image_size=224)
     encoder(images)                # (B, 1 + P, D): CLS, then the P patches in raster order
     encoder(images, context)       # (B, 1 + Nc, D): these patches alone, context (B, Nc)
     encoder(images, targets)       # (B, K, 1 + Nt, D): each block on its own, targets (B, K, Nt)
-    TransformerPredictor(768, 14 * 14)(tokens, context, targets)     # (B, K, Nt, D)
 
-There is one encoder; train.py's --ema and --stop-grad are for comparison. Parameter names, shapes
-and numerics are those of timm's ViT, so a state dict of ours loads there with strict=True
-(timm.create_model("vit_base_patch16_224", num_classes=0)). This file needs torch alone.
+    Masked(encoder, MLPPredictor(768, 14 * 14))(views, context, targets)  # source A's embeddings
+    MultiView(encoder, projector(768, 64), num_global=2)(views)           # source B's
+
+The parameter names, shapes and numerics of the encoder are those of timm's ViT, so a state dict of
+ours loads there with strict=True (timm.create_model("vit_base_patch16_224", num_classes=0)).
+This file needs torch alone; backbones that are no ViTs are torchvision's.
 """
 
 import re
@@ -18,6 +18,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 #         width depth heads
 SIZES = {
@@ -60,7 +61,8 @@ def init_weights(module):
 
 def gather_tokens(x, indices):
     """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]]."""
-    return x.take_along_dim(indices.flatten(1)[..., None], dim=1).unflatten(1, indices.shape[1:])
+    rows = indices.flatten(1)[..., None].expand(-1, -1, x.shape[2])
+    return x.gather(1, rows).unflatten(1, indices.shape[1:])
 
 
 class VisionTransformer(nn.Module):
@@ -69,9 +71,10 @@ class VisionTransformer(nn.Module):
     images (B, 3, S, S) float, indices None, (B, n) or (B, K, n) int64 patch indices in raster order
     -> (B, 1 + P, D), (B, 1 + n, D) or (B, K, 1 + n, D) after the last LayerNorm, CLS first. With
     indices the other patches take no part: every (n,) set is a sequence of its own. Images of
-    another size than the model's are taken too, their position embeddings resized (bicubic,
-    antialiased). With layers = l the outputs of the last l blocks, each after the last LayerNorm,
-    stand side by side: (..., l D), the last block's first.
+    another size than the model's are taken too, with resized position embeddings (bicubic,
+    antialiased); ValueError where the patch size does not divide them. With layers = l the outputs
+    of the last l blocks, each after the last LayerNorm, stand side by side: (..., l D), the last
+    block's first.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12):
@@ -87,6 +90,9 @@ class VisionTransformer(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images, indices=None, layers=1):
+        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
+            wrong = f"images of {tuple(images.shape[2:])} px are not whole patches"
+            raise ValueError(f"model.py: {wrong} of {self.patch_size} x {self.patch_size}")
         x = self.patch_embed["proj"](images)  # (B, D, side, side)
         position = self.pos_embed[:, 1:]
         if x.shape[2:] != (self.grid, self.grid):
@@ -96,8 +102,8 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2) + position  # (B, P, D)
         if indices is not None:
             x = gather_tokens(x, indices).flatten(0, -3)  # (B, n, D) or (B * K, n, D)
-        cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        cls = self.cls_token + self.pos_embed[:, :1]  # tracing makes a constant of len(x)
+        x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
         last = []
         for block in self.blocks:
             x = block(x)
@@ -143,7 +149,7 @@ class MLPPredictor(nn.Module):
 
     def forward(self, tokens, context, targets):
         of_image, of_place = self.fc1.weight.tensor_split(2, dim=1)  # once an image, once a place
-        place = F.linear(self.pos_embed, of_place).expand(len(targets), -1, -1)  # (B, P, width * D)
+        place = F.linear(self.pos_embed, of_place).expand(targets.shape[0], -1, -1)
         image = F.linear(tokens.mean(1), of_image, self.fc1.bias)[:, None, None]
         return self.fc2(F.gelu(image + gather_tokens(place, targets)))
 
@@ -170,7 +176,7 @@ class TransformerPredictor(nn.Module):
         self.apply(init_weights)
 
     def forward(self, tokens, context, targets):
-        position = self.pos_embed.expand(len(targets), -1, -1)
+        position = self.pos_embed.expand(targets.shape[0], -1, -1)
         x = self.embed(tokens)
         context = x[:, 1:] + gather_tokens(position, context)
         asked = self.mask_token + gather_tokens(position, targets.flatten(1))
@@ -187,25 +193,122 @@ def projector(dim, out_dim, hidden=2048):
     return nn.Sequential(*layers, nn.Linear(hidden, out_dim))
 
 
-def main():
-    """One row a model; GFLOPs of one forward pass of one image, a multiply-add counted as two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    print("model     image  tokens  width  depth   parameters  GFLOPs/image")
-    with torch.device("meta"):  # shapes without memory
-        small = [("vit_n8", 32), ("vit_n4", 32), ("vit_n8", 64)]
-        large = [(f"vit_{size}", 224) for size in ("t16", "s16", "b16", "l16", "h14")]
-        for name, size in small + large:
-            encoder = vit(name, size)
-            with FlopCounterMode(display=False) as flops:
-                tokens = encoder(torch.empty(1, 3, size, size)).shape[1]
-            depth, count = len(encoder.blocks), sum(p.numel() for p in encoder.parameters())
-            gflops = flops.get_total_flops() / 1e9
-            print(f"{name:8}{size:7}{tokens:8}{encoder.dim:7}{depth:7}{count:13,}{gflops:14.2f}")
-        for predictor in (MLPPredictor, TransformerPredictor):
-            count = sum(p.numel() for p in predictor(768, 14 * 14).parameters())
-            print(f"{predictor.__name__}(768, 196): {count:,} parameters")
+# torchvision's families whose classifiers take any image size, (B, classes) out
+BACKBONES = "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg"
 
 
-if __name__ == "__main__":
-    main()
+def build_encoder(name, image_size):
+    """vit(name), or a torchvision classifier without its last layer, its feature width as .dim.
+
+    ResNets for images up to 64 px get the usual small stem: 3 x 3, stride 1, no max-pooling.
+    ValueError for other names.
+    """
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        return vit(name, image_size)
+    if not re.search(BACKBONES, name):  # resne: resnext and wide_resnet, too
+        raise ValueError(f"model.py: {name} cannot be a backbone; these can: {BACKBONES}")
+    encoder = models.get_model(name)
+    linear = [(p, m) for p, m in encoder.named_modules() if isinstance(m, nn.Linear)]
+    path, classifier = linear[-1]
+    encoder.set_submodule(path, nn.Identity())
+    encoder.dim = classifier.in_features
+    if isinstance(encoder, models.ResNet) and image_size <= 64:
+        encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+def image_features(output):
+    """What stands for an image: the mean patch token of (B, 1 + P, D), or (B, D) as it is."""
+    output = output.to(torch.promote_types(output.dtype, torch.float32))
+    return output[:, 1:].mean(1) if output.ndim == 3 else output
+
+
+# ---------------------------------------------------------------- the two methods, a module each
+def in_pieces(function, at_once, *tensors):
+    """function(*tensors) with at_once images of the batch in memory at a time, or all for None.
+
+    SIGReg is a statistic of the whole batch, so gradients added up over parts of it are those of
+    another loss. Here each piece is computed without its graph, and again when the loss of all of
+    them is back-propagated: the gradient is that of the whole batch.
+    """
+    if at_once is None or at_once >= len(tensors[0]):
+        return function(*tensors)
+    pieces = zip(*(x.split(at_once) for x in tensors), strict=True)
+    parts = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+class Masked(nn.Module):
+    """Source A: encode the context, encode the targets, predict the targets from the context.
+
+    forward takes views, two of (B, 3, S, S): the same crop of each image, in colours of its own
+    where colours change; context (B, Nc) and targets (B, K, Nt), from masks.py. It returns what
+    sigreg.masked_loss sees: z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred
+    (B, K, Nt, D), and with both_directions z_back (B, K, Nc, D), the context from each target.
+
+    The targets come from the same encoder, with their gradient. For comparison, stop_grad takes
+    the gradient away, teacher is another encoder for them, and whole_targets takes them from the
+    encoded whole image, normalised, as I-JEPA does. at_once: see in_pieces.
+    """
+
+    def __init__(
+        self, encoder, predictor, both_directions=False, stop_grad=False, teacher=None,
+        whole_targets=False, at_once=None,
+    ):  # fmt: skip
+        super().__init__()
+        self.encoder, self.predictor, self.teacher = encoder, predictor, teacher
+        self.both_directions, self.stop_grad = both_directions, stop_grad
+        self.whole_targets, self.at_once = whole_targets, at_once
+
+    def forward(self, views, context, targets):
+        return in_pieces(self.embed, self.at_once, *views, context, targets)
+
+    def embed(self, view, other_view, context, targets):
+        z_context = self.encoder(view, context)  # (B, 1 + Nc, D)
+        z_target = self.encode_targets(other_view, targets)  # (B, K, 1 + Nt, D)
+        z_pred = self.predictor(z_context, context, targets)  # (B, K, Nt, D)
+        if not self.both_directions:
+            return z_context, z_target, z_pred
+        asked = context[:, None].expand(-1, targets.shape[1], -1)  # the context, of each target
+        sources = z_target.flatten(0, 1), targets.flatten(0, 1)  # (B K, 1 + Nt, D), (B K, Nt)
+        z_back = self.predictor(*sources, asked.flatten(0, 1)[:, None])  # (B K, 1, Nc, D)
+        return z_context, z_target, z_pred, z_back[:, 0].unflatten(0, asked.shape[:2])
+
+    def encode_targets(self, view, targets):
+        encoder = self.teacher or self.encoder
+        learn = torch.is_grad_enabled() and not (self.stop_grad or self.teacher)
+        with torch.set_grad_enabled(learn):
+            if not self.whole_targets:
+                return encoder(view, targets)
+            z = encoder(view)  # (B, 1 + P, D)
+            patches = gather_tokens(F.layer_norm(z[:, 1:], z.shape[2:]), targets)  # (B, K, Nt, D)
+            cls = z[:, None, :1].expand(-1, targets.shape[1], -1, -1)
+            return torch.cat([cls, patches], dim=2)
+
+
+class MultiView(nn.Module):
+    """Source B: encode V views of each image, global ones first, and project them for the loss.
+
+    forward takes views: V of (B, 3, size, size), of one size for the num_global first and of one
+    for the others. It returns features (B, V, width of the encoder), which are probed, and z
+    (V, B, D), which sigreg.multi_view_loss sees. The projector sees all images at once, as its
+    batch norm wants; the encoder sees at_once at a time, see in_pieces.
+    """
+
+    def __init__(self, encoder, projector, num_global, at_once=None):
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+        self.num_global, self.at_once = num_global, at_once
+
+    def forward(self, views):
+        (features,) = in_pieces(self.embed, self.at_once, *views)
+        z = self.projector(features.transpose(0, 1).flatten(0, 1))  # (V B, D)
+        return features, z.unflatten(0, (len(views), -1))
+
+    def embed(self, *views):
+        sizes = [same for same in (views[: self.num_global], views[self.num_global :]) if same]
+        y = torch.cat([image_features(self.encoder(torch.cat(same))) for same in sizes])
+        return (y.unflatten(0, (len(views), -1)).transpose(0, 1),)

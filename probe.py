@@ -1,22 +1,21 @@
-"""What did the encoder learn? The numbers and pictures of an evaluation section, from a checkpoint.
+"""What did the encoder learn? The numbers and pictures of an evaluation, from a checkpoint.
 
     python probe.py ckpt.pt                               # k-NN, linear, linear on four blocks
     python probe.py ckpt.pt --untrained                   # before training: the floor of any claim
     python probe.py ckpt.pt --pixels                      # no encoder at all: the other floor
     python probe.py ckpt.pt --shots 1 10                  # and with n labels a class, 5 draws
-    python probe.py ckpt.pt --layers 4 --pool both        # the last 4 blocks, patch mean beside CLS
-    python probe.py ckpt.pt --data cifar10 dtd photos     # transfer: other data sets, one table
+    python probe.py ckpt.pt --pool cls --layers 2         # source B's features: CLS of two blocks
+    python probe.py ckpt.pt --data cifar10 dtd photos     # transfer to other data sets
     python probe.py ckpt.pt --finetune                    # all weights on labels; again: continues
     python probe.py ckpt.pt --pca pca.png                 # patch tokens as colours
     python probe.py ckpt.pt --export encoder.safetensors  # the encoder alone, timm's names; or .pt
     torchrun --nproc_per_node=8 probe.py ckpt.pt          # features, fine-tuning on all ranks
 
-Features are extracted once from resized, centre-cropped images. A protocol is one function:
-features and labels in, out a dictionary with `name`, its top-1 in percent on the validation split,
-which takes no part in fitting or choosing anything, and `name_protocol`. The last line of standard
-output is JSON.
+Features are extracted once, from resized, centre-cropped images. Each protocol is one function of
+features and labels; it returns its top-1 in percent on the validation split, which takes no part in
+fitting or choosing anything, and how it was found. A table is printed, and last a line of JSON.
 
-N training and N' validation images, D features, C classes, H linear heads; B, S as in train.py.
+N training and N' validation images, D features, C classes, H linear heads; B, S as in model.py.
 """
 
 import argparse
@@ -25,7 +24,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,11 +32,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.ops import stochastic_depth
-from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
 import train
+from model import build_encoder, image_features
 from sigreg import effective_rank
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 200)
@@ -49,11 +46,12 @@ HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
 # ---------------------------------------------------------------------------------------- features
 def read_out(encoder, images, pool, layers):
     """Features (B, D) of images (B, 3, S, S) in [0, 1]; without an encoder, 16 x 16 pixels."""
+    train.check_choice("pool", pool, "avg cls both")
     if encoder is None:
         return F.adaptive_avg_pool2d(images, 16).flatten(1)
     images = train.normalize(images)
     tokens = encoder(images, layers=layers) if layers > 1 else encoder(images)
-    parts = [train.embed(tokens)] * (pool != "cls")
+    parts = [image_features(tokens)] * (pool != "cls")
     parts += [tokens[:, 0].float()] * (pool != "avg")
     return torch.cat(parts, dim=1)
 
@@ -114,8 +112,8 @@ def knn_probe(train_x, train_y, val_x, val_y, ks=NEIGHBOURS, temperature=0.07):
             right[i] += (votes.argmax(1) == y).sum()
     top1 = {k: round(100 * n / len(val_y), 2) for k, n in zip(ks, right.tolist(), strict=True)}
     k = 20 if 20 in top1 else ks[-1]
-    protocol = f"k = {k}, cosine, temperature {temperature}"
-    return {"knn": top1[k], "knn_k": top1, "knn_protocol": protocol}
+    how = f"k = {k}, cosine, temperature {temperature}"
+    return {"knn": top1[k], "knn_k": top1, "knn_how": how}
 
 
 @torch.no_grad()
@@ -197,11 +195,10 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
     best = max(range(len(heads)), key=top1.__getitem__)
     weight, bias = fit_heads(train_x, train_y, [heads[best]], seed)
     (rate, decay), held_out = heads[best], round(top1[best], 2)
-    protocol = f"lr {rate:g} and weight decay {decay:g} chosen of {len(heads)} by a held-out tenth"
-    protocol += f" of the training images ({held_out:.2f}%)"
-    result = {"linear": round(score(weight, bias, val_x, val_y)[0], 2), "linear_lr": rate}
-    result |= {"linear_decay": decay, "linear_held_out": held_out, "linear_heads": len(heads)}
-    return result | {"linear_protocol": protocol}
+    how = f"lr {rate:g}, weight decay {decay:g}: best of {len(heads)} on a held-out tenth"
+    result = {"linear": round(score(weight, bias, val_x, val_y)[0], 2), "linear_how": how}
+    result |= {"linear_lr": rate, "linear_decay": decay, "linear_held_out": held_out}
+    return result
 
 
 def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
@@ -223,8 +220,8 @@ def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
         head = fit_heads(train_x, train_y, [(1.0, 10 / len(rows))], seed, rows)
         top1 += score(*head, val_x, val_y)
     name, mean, std = f"{shots}-shot", np.mean(top1), round(np.std(top1, ddof=1).item(), 2)
-    protocol = f"± {std:.2f} over {draws} draws, linear, lr 1, weight decay 10 / images"
-    return {name: round(mean.item(), 2), f"{name}_std": std, f"{name}_protocol": protocol}
+    how = f"± {std:.2f} over {draws} draws; linear, lr 1, weight decay 10 / images"
+    return {name: round(mean.item(), 2), f"{name}_std": std, f"{name}_how": how}
 
 
 def frozen_probes(encoder, train_set, val_set, options, device):
@@ -249,8 +246,8 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     if more:
         four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
         result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
-    protocol = f"of {data[0].shape[1]}, validation images"
-    return result | {"erank": round(erank, 2), "erank_protocol": protocol}
+    how = f"of {data[0].shape[1]}: effective rank of the validation features"
+    return result | {"erank": round(erank, 2), "erank_how": how}
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
@@ -274,82 +271,79 @@ def layer_groups(encoder, head, decay, weight_decay):
     return groups
 
 
-def add_drop_path(blocks, most):
-    """Skips the branches of deeper blocks more often, up to `most` in the last, while training."""
-    for i, block in enumerate(blocks):
-        p = most * i / max(len(blocks) - 1, 1)
-        for branch in (block.attn["proj"], block.mlp["fc2"]):
-            branch.register_forward_hook(
-                lambda module, _, out, p=p: stochastic_depth(out, p, "row", module.training)
-            )
+class Classifier(torch.nn.Module):
+    """The encoder and a linear head, zero at the start: images (B, 3, S, S) -> logits (B, C)."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder, self.head = encoder, torch.nn.Linear(encoder.dim, classes)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        return self.head(image_features(self.encoder(images)))
 
 
-TUNED = "epochs steps batch_size lr layer_decay weight_decay drop_path smoothing mixup cutmix seed"
+TUNED = "epochs steps batch_size lr layer_decay weight_decay smoothing seed"
 
 
 def finetune(encoder, who, train_set, val_set, size, options, path):
     """All weights of a copy of the encoder and a new linear head, trained on the labels.
 
-    Returns `finetune`, top-1 of the last step, on rank 0, and {} on the others; ranks split the
-    batch. who: the encoder and the data, for the checkpoint at path, which is written after each
-    pass and continued when there; train_set, val_set: (image, label) pairs.
+    who: the encoder and the data, for the checkpoint at path, which is written after each pass and
+    continued when there; train_set, val_set: (image, label) pairs. Ranks split the batch. Returns
+    `finetune`, top-1 of the last step, on rank 0, and {} on the others.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = next(encoder.parameters()).device
-    encoder = copy.deepcopy(encoder).requires_grad_(True).train()
     classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
-    head = torch.nn.Linear(encoder.dim, classes, device=device)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    said = {name: getattr(options, name) for name in TUNED.split()}
+    encoder = copy.deepcopy(encoder).requires_grad_(True)
+    net = Classifier(encoder, classes).to(device).train()
+    chosen = {name: getattr(options, name) for name in TUNED.split()}
     mark = next(encoder.parameters()).flatten()[0].item()  # not another run's of that name
-    settings = said | {"encoder": f"{who} {mark}", "size": size, "classes": classes}
-    tune(encoder, head, train_set, size, options, settings, path, rank)
-    if not all(p.isfinite().all() for p in [*encoder.parameters(), *head.parameters()]):
+    settings = chosen | {"encoder": f"{who} {mark}", "size": size, "classes": classes}
+    settings["images"] = train.fingerprint(train_set)
+    tune(net, train_set, size, options, settings, path)
+    if not all(p.isfinite().all() for p in net.parameters()):
         sys.exit(f"probe.py: fine-tuning became non-finite; lower --lr, and delete {path}")
     images, workers = train.Images(val_set, size), options.workers
     x, y = extract_features(encoder.eval(), images, workers=workers, amp=options.amp)
     if rank:
         return {}
-    top1 = round(score(head.weight.T[:, None], head.bias[None], x, y)[0], 2)
-    protocol = ", ".join(f"{n.replace('_', ' ')} {v:g}" for n, v in said.items() if v is not None)
-    return {"finetune": top1, **said, "finetune_protocol": f"{protocol}; last step"}
+    top1 = round(score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0], 2)
+    how = ", ".join(f"{n.replace('_', ' ')} {v:g}" for n, v in chosen.items() if v is not None)
+    return {"finetune": top1, **chosen, "finetune_how": f"last step; {how}"}
 
 
-def tune(encoder, head, train_set, size, options, settings, path, rank):
-    """The loop of finetune; encoder and head are trained in place.
+def tune(net, train_set, size, options, settings, path):
+    """The loop of finetune; the Classifier net is trained in place.
 
     AdamW; the rate falls by --layer-decay with each block below the head, warms up over a twentieth
-    of the steps and ends on half a cosine. Crops, mixup or cutmix (a coin a batch), smoothing, drop
-    path (ViT).
+    of the steps and ends on half a cosine. Random crops and flips; smoothed labels.
     """
-    device, world = head.weight.device, dist.get_world_size() if dist.is_initialized() else 1
+    device, together = net.head.weight.device, dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     batch = min(options.batch_size, len(train_set)) // world * world
     if not batch:
         sys.exit(f"probe.py: {len(train_set)} images do not reach {world} ranks; take fewer ranks")
     per_pass = len(train_set) // batch
     last = options.steps or options.epochs * per_pass
     settings = settings | {"batch": batch, "last": last}
-    add_drop_path(getattr(encoder, "blocks", []), options.drop_path)
-    groups = layer_groups(encoder, head, options.layer_decay, options.weight_decay)
+    groups = layer_groups(net.encoder, net.head, options.layer_decay, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=device.type == "cuda")
-    parts = {"encoder": encoder, "head": head, "optimizer": optimizer}
-    first = train.resume("probe.py", path, parts, settings, last, rank, world)
-    encode, classify = (train.parallel(m, options, device, world) for m in (encoder, head))
+    parts = {"encoder": net.encoder, "head": net.head, "optimizer": optimizer}
+    first = train.resume("probe.py", path, parts, settings, last, rank, world) or 0
     crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
-    rows = torch.arange(batch).tensor_split(world)[rank]
-    shares = train.batches(len(train_set), batch, first, last, options.seed, rows)
-    kinds, classes = ((v2.MixUp, options.mixup), (v2.CutMix, options.cutmix)), settings["classes"]
-    mixes = [make(alpha=alpha, num_classes=classes) for make, alpha in kinds if alpha > 0]
-    mix = v2.RandomChoice(mixes or [v2.Identity()])  # one of them a batch
+    mine = torch.arange(batch).tensor_split(world)[rank]
+    keys = train.batches(len(train_set), batch, first, last, options.seed, mine)
     pinned = {"pin_memory": device.type == "cuda"}
-    loader = train.read(crops, options.workers, batch_sampler=shares, **pinned)
+    loader = train.read(crops, options.workers, batch_sampler=keys, **pinned)
+    classify = train.parallel(net, options, device)
     for step, ((views,), labels) in enumerate(loader, first + 1):
-        torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # mixes and drop path
+        torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # stochastic depth
         images, labels = (x.to(device, non_blocking=True) for x in (views[:, 0], labels))
-        images, labels = mix(train.normalize(images / 255), labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
-            logits = classify(train.embed(encode(images))).float()
+            logits = classify(train.normalize(images / 255)).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=options.smoothing)
         rate = train.learning_rate(step, last, options.lr, 0.05 * last, "cosine")
         for group in optimizer.param_groups:
@@ -360,8 +354,7 @@ def tune(encoder, head, train_set, size, options, settings, path, rank):
         if rank == 0 and (step % 50 == 0 or step == last):
             print(f"fine-tuning {step}/{last}  loss {loss.item():.4f}", flush=True)
         if rank == 0 and (step % per_pass == 0 or step == last):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            train.save(state | {"step": step, "args": settings}, path, "probe.py")
+            train.save(parts, {"step": step, "args": settings}, path, "probe.py")
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -387,66 +380,36 @@ def pca_picture(encoder, images, side):
 
 
 # --------------------------------------------------------------------------- export, options, main
-def export(encoder, path):
-    """The encoder's state dict alone as a .safetensors or .pt file; a ViT's names are timm's."""
+def export(encoder, path, about):
+    """The encoder's state dict alone, a ViT's in timm's names, and how to feed it.
+
+    .safetensors: about is its metadata, as strings; .pt: {"state_dict": ..., **about}.
+    """
     state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+    mean, std = train.MEAN_STD.tolist()
+    about = {"mean": mean, "std": std, **about}
     if path.endswith(".safetensors"):
         try:
             from safetensors.torch import save_file
         except ImportError:
             sys.exit(f"probe.py: --export {path} needs the package safetensors; or write a .pt")
-        save_file(state, path)
+        save_file(state, path, {name: str(value) for name, value in about.items()})
     else:
-        train.save(state, Path(path), "probe.py")
-    print(f"{path}: {len(state)} tensors")
+        train.save({}, {"state_dict": state, **about}, Path(path), "probe.py")
+    print(f"{path}: {len(state)} tensors, for images of {about['image_size']} px in [0, 1],")
+    print(f"less {mean}, over {std}; features are the mean of the tokens but the first")
     if hasattr(encoder, "blocks"):
-        size = encoder.grid * encoder.patch_size
-        shape = f"img_size={size}, patch_size={encoder.patch_size}, embed_dim={encoder.dim}"
+        shape = f"img_size={about['image_size']}, patch_size={encoder.patch_size}"
         depth, heads = len(encoder.blocks), encoder.blocks[0].heads
-        shape += f", depth={depth}, num_heads={heads}, num_classes=0"
-        print(f"timm.models.VisionTransformer({shape}) loads it")
+        shape += f", embed_dim={encoder.dim}, depth={depth}, num_heads={heads}, num_classes=0"
+        print(f"timm.models.VisionTransformer({shape}, global_pool='avg', fc_norm=False)")
 
 
-def commit():
-    """The commit of this code, `-dirty` if it was changed since; None outside a git repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-# fmt: off
-OPTIONS = [  # as in train.py
-    "what is probed",
-    ("data-root", str, None, "", "where torchvision's data sets are [as in training]"),
-    ("image-size", int, None, 1, "pixels [as in training]"),
-    ("untrained", bool, False, "", "the encoder as train.py's seed initialises it"),
-    ("pixels", bool, False, "", "the images themselves, as 16 x 16, in place of features"),
-    ("pool", "avg cls both", "avg", "", "mean patch token, CLS token, or both side by side"),
-    ("layers", int, None, 1, "last blocks side by side (ViT) [1, and linear4: 4 of them]"),
-    ("seed", int, 0, 0, "of the held-out tenth, the order of the heads' images, fine-tuning"),
-    "in place of k-NN and linear probe",
-    ("finetune", bool, False, "", "all weights on the labels; with --untrained, from scratch"),
-    ("pca", str, None, "", "a PNG of the tokens' principal components, at 4 times the size"),
-    ("export", str, None, "", "write the encoder alone, as .safetensors or .pt"),
-    "fine-tuning",
-    ("epochs", int, 20, 1, "passes over the training split"),
-    ("steps", int, None, 1, "stop after so many steps, whatever --epochs says"),
-    ("batch-size", int, 256, 1, "images a step over all ranks"),
-    ("lr", float, None, 1e-12, "AdamW's, of the head [1e-3 for each 256 images of a batch]"),
-    ("layer-decay", float, 0.75, 1e-12, "factor of the rate from each block to the one below"),
-    ("weight-decay", float, 0.05, 0, "AdamW's, not of biases and norms"),
-    ("drop-path", float, 0.1, 0, "how often the last block is skipped (ViT)"),
-    ("smoothing", float, 0.1, 0, "of the labels"),
-    ("mixup", float, 0.8, 0, "mixup's alpha, 0 for none"),
-    ("cutmix", float, 1.0, 0, "cutmix's alpha, 0 for none"),
-    "run",
-    ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "", "cuda or cpu"),
-    ("amp", bool, None, "", "bfloat16 autocast of the encoder [on GPUs]"),
-    ("workers", int, None, 0, "processes that load images [as in training]"),
-]
-# fmt: on
+LEAST = {
+    1: "image_size layers epochs steps batch_size",
+    1e-12: "lr layer_decay",
+    0: "seed weight_decay smoothing workers",
+}
 
 
 def parse_args(argv=None):
@@ -454,29 +417,63 @@ def parse_args(argv=None):
         usage="probe.py CKPT [options], or over GPUs torchrun --nproc_per_node=8 probe.py CKPT ...",
         formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
     )
-    parser.add_argument("ckpt", help="a checkpoint of train.py")
-    parser.add_argument("--data", nargs="+", help="data sets as in train.py [the checkpoint's]")
-    parser.add_argument("--shots", type=int, nargs="+", default=[], help="also n labels a class")
-    options = train.parse("probe.py", parser, argv, OPTIONS)
+    add = parser.add_argument_group("what is probed").add_argument
+    add("ckpt", help="a checkpoint of train.py")
+    add("--data", nargs="+", help="data sets as in train.py [the checkpoint's]")
+    add("--data-root", help="where torchvision's data sets are [as in training]")
+    add("--image-size", type=int, help="pixels [as in training]")
+    add("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
+    add("--pixels", action="store_true", help="the images themselves, as 16 x 16")
+    add("--pool", choices=["avg", "cls", "both"], default="avg", help="mean patch token, CLS [avg]")
+    add("--layers", type=int, help="last blocks side by side (ViT) [1, and linear4: 4 of them]")
+    add("--shots", type=int, nargs="+", default=[], help="also linear probes with n labels a class")
+    add("--seed", type=int, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
+    add = parser.add_argument_group("in place of k-NN and linear probe").add_argument
+    add("--finetune", action="store_true", help="all weights; with --untrained, from scratch")
+    add("--pca", help="a PNG of the tokens' principal components, up to 448 px")
+    add("--export", help="write the encoder alone, as .safetensors or .pt")
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--epochs", type=int, default=20, help="passes over the training split [20]")
+    add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
+    add("--batch-size", type=int, default=256, help="images a step over all ranks [256]")
+    add("--lr", type=float, help="AdamW's, of the head [1e-3 for each 256 images of a batch]")
+    add("--layer-decay", type=float, default=0.75, help="of the rate, a block below [0.75]")
+    add("--weight-decay", type=float, default=0.05, help="AdamW's, not of biases and norms [0.05]")
+    add("--smoothing", type=float, default=0.1, help="of the labels [0.1]")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 of the encoder [on GPUs]")
+    add("--workers", type=int, help="processes that load images [as in training]")
+    options = parser.parse_args(argv)
+    train.check_least("probe.py", options, LEAST)
+    check(options)
+    options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
+    options.lr = options.lr or 1e-3 * options.batch_size / 256
+    return options
+
+
+def check(options):
+    """Exits in one line where options are out of range or do not go together."""
     if min(options.shots, default=1) < 1:
         sys.exit(f"probe.py: --shots {min(options.shots)} must be at least 1")
-    if options.drop_path >= 1:
-        sys.exit(f"probe.py: --drop-path {options.drop_path} must be below 1")
     if len(options.data or []) > 1 and options.pca:
         sys.exit("probe.py: a picture is of one data set; give --data one")
     chosen = options.pixels or options.pool != "avg" or options.layers
     if chosen and (options.finetune or options.pca or options.export):
         sys.exit("probe.py: --pixels, --pool, --layers are of k-NN and linear: leave them out")
-    options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
-    options.lr = options.lr or 1e-3 * options.batch_size / 256
-    return options
+    for path, endings in ((options.export, (".pt", ".safetensors")), (options.pca, (".png",))):
+        if path and not (path.endswith(endings) and Path(path).absolute().parent.is_dir()):
+            wanted = f"end in {' or '.join(endings)}, in a folder that exists"
+            sys.exit(f"probe.py: {path} must {wanted}")
+    if options.export and Path(options.export).resolve() == Path(options.ckpt).resolve():
+        sys.exit(f"probe.py: --export {options.export} would overwrite the checkpoint")
 
 
 def load_encoder(options, checkpoint):
     """The encoder of the checkpoint, or as it was before training; exits where a flag cannot be."""
     args, name = checkpoint["args"], checkpoint["args"]["model"]
     torch.manual_seed(args["seed"])
-    encoder = train.build_encoder(name, args["image_size"])
+    encoder = build_encoder(name, args["image_size"])
     is_vit = hasattr(encoder, "blocks")
     # by default both readouts from one pass: source A's, the last block, and I-JEPA's, four
     default = is_vit and not (options.layers or options.pixels or options.pool != "avg")
@@ -488,8 +485,6 @@ def load_encoder(options, checkpoint):
             sys.exit(f"probe.py: {flag} needs a ViT's tokens; leave it out for {name}")
     if is_vit and options.layers > len(encoder.blocks):
         sys.exit(f"probe.py: --layers {options.layers}: {name} has {len(encoder.blocks)} blocks")
-    if is_vit and options.image_size and options.image_size % encoder.patch_size:
-        sys.exit(f"probe.py: --image-size of {name} must be a multiple of {encoder.patch_size}")
     if not options.untrained:
         encoder.load_state_dict(checkpoint["encoder"])  # strict: exactly these names and shapes
     return encoder
@@ -505,40 +500,34 @@ def open_splits(data, root, seed, size):
     return sources
 
 
-def show(result, about, options):
-    """A line a number, with what it is about, the features it is of and its protocol."""
-    for name in [name for name in result if f"{name}_protocol" in result]:
-        unit, protocol = "" if name == "erank" else "%", result[f"{name}_protocol"]
+def show(about, result, options):
+    """The header, with what all numbers share, and a line for each number."""
+    features = {"avg": "mean patch token", "cls": "CLS", "both": "mean patch token and CLS"}
+    features = "16 x 16 pixels" if options.pixels else features[options.pool]
+    counts = f"{about['train']:,} training, {about['val']:,} validation images"
+    precision = "bfloat16" if options.amp else "float32"
+    print(f"{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end="")
+    print(f"{about['image_size']} px; {features}, {precision}")
+    for name in [name for name in result if f"{name}_how" in result]:
         blocks = options.blocks if name == "linear4" else options.layers
-        features = f"{options.pool} pooling, blocks from the last: {blocks}"
-        features = "16 x 16 pixels" if options.pixels else features + ", bfloat16" * options.amp
-        print(f"{name} {result[name]:.2f}{unit}  |  {about}, {features}, {protocol}")
+        of = "" if options.pixels or name == "finetune" else f"{blocks} blocks"
+        of = of.replace("1 blocks", "last block")
+        print(f"  {name:10}{result[name]:8.2f}  {of:11} {result[f'{name}_how']}")
 
 
-def summarize(results):
-    """The table of several data sets, then JSON: one object, or a list of them."""
-    results = [{k: v for k, v in r.items() if not k.endswith("_protocol")} for r in results]
-    if len(results) > 1:
-        columns = [name for name in ("knn", "linear", "linear4", "finetune") if name in results[0]]
-        print(f"{'data':24}" + "".join(f"{name:>10}" for name in columns))
-        for result in results:
-            numbers = "".join(f"{result[name]:10.2f}" for name in columns)
-            print(f"{result['data'][-23:]:24}{numbers}")
-    print(json.dumps(results if len(results) > 1 else results[0]))
-
-
-def run(encoder, who, data, sources, size, options, device):
+def run(encoder, data, sources, size, step, options, device):
     """What the options ask for on one data set: pictures, fine-tuning, or the frozen probes."""
     if options.pca and not (dist.is_initialized() and dist.get_rank()):
-        images = train.Images(sources[1], 4 * size)
+        side = size * max(min(4, 448 // size), 1)  # finer than in training, in bounded memory
+        images = train.Images(sources[1], side)
         chosen = torch.linspace(0, len(images) - 1, 8).long().tolist()
         chosen = torch.cat([images[0, i][0][0] for i in chosen]).to(device) / 255
-        save_image(pca_picture(encoder, chosen, max(4 * size, 128)), options.pca)
-        print(f"{options.pca}: 8 validation images at {4 * size} px, components of tokens, {who}")
+        save_image(pca_picture(encoder, chosen, max(side, 128)), options.pca)
+        print(f"{options.pca}: 8 validation images at {side} px beside their tokens' components")
     if options.finetune:
         path, untrained = Path(options.ckpt), "-untrained" * options.untrained
         path = path.with_name(f"{path.stem}.finetune{untrained}-{Path(data).name}.pt")
-        return finetune(encoder, f"{who} on {data}", *sources, size, options, path)
+        return finetune(encoder, f"step {step} on {data}", *sources, size, options, path)
     if options.pca:
         return {}
     return frozen_probes(encoder, *(train.Images(s, size) for s in sources), options, device)
@@ -551,27 +540,26 @@ def main(argv=None):
         args, names = checkpoint["args"], ("image_size", "data_root", "workers")
         vars(options).update({n: args[n] for n in names if getattr(options, n) is None})
         encoder = load_encoder(options, checkpoint).to(device).eval().requires_grad_(False)
-        size, model = options.image_size, "pixels" if options.pixels else args["model"]
         step = 0 if options.untrained or options.pixels else checkpoint["step"]
-        who = model if options.pixels else f"{model} (step {step})"
         if options.export and rank == 0:
-            export(encoder, options.export)
-        results = []
+            names = ("model", "image_size", "recipe", "data", "seed")
+            export(encoder, options.export, {n: args[n] for n in names} | {"step": step})
         export_alone = options.export and not (options.finetune or options.pca)
+        results = []
         for data in options.data or [args["data"]] * (not export_alone):
-            sources = open_splits(data, options.data_root, args["seed"], size)
-            found = run(encoder, who, data, sources, size, options, device)
+            sources = open_splits(data, options.data_root, args["seed"], options.image_size)
+            found = run(encoder, data, sources, options.image_size, step, options, device)
             if found and rank == 0:
+                model = "pixels" if options.pixels else args["model"]
                 about = {"ckpt": options.ckpt, "data": data, "model": model, "step": step}
                 names = ("image_size", "pool", "layers", "untrained", "pixels", "amp", "seed")
                 about |= {name: getattr(options, name) for name in names}
                 about |= {"train": len(sources[0]), "val": len(sources[1])}
-                about |= {"commit": commit(), "torch": torch.__version__}
-                of = f"{about['train']:,} training, {about['val']:,} validation images at {size} px"
-                show(found, f"{who} on {data}: {of}, seed {options.seed}", options)
-                results.append(about | found)
+                show(about, found, options)
+                results.append(about | {"torch": torch.__version__} | found)
         if results:
-            summarize(results)
+            results = [{k: v for k, v in r.items() if not k.endswith("_how")} for r in results]
+            print(json.dumps(results if len(results) > 1 else results[0]))
 
 
 if __name__ == "__main__":

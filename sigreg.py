@@ -1,16 +1,26 @@
 """SIGReg: the regularizers and the two losses of LeJEPA.
 
-    python sigreg.py            # times every regularizer on the CPU and on a GPU if there is one
+    python sigreg.py            # times every regularizer on the CPU, and on a GPU if there is one
 
-Two documents call two different things SIGReg; both are here, with one relative of the first:
+Two documents call two different things SIGReg. Both are here, with one relative of the first:
 
-    spectral   A: KL of the normalised singular values of the batch from uniform; scale-free
-    legendre   A before its scale is dropped: KL of the batch's Gaussian fit from N(0, I)
-    sketched   B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
+    spectral   source A: KL of the normalised singular values of the batch from uniform
+    legendre   source A before its scale is dropped: KL of the batch's Gaussian fit from N(0, I)
+    sketched   source B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
 
-`*_sigreg_plain`, to copy, is the definition in one process; `*_sigreg` is the same number over all
-ranks, and finite for degenerate batches. N rows of D numbers, M slices, T knots; B images, V views,
-K target blocks of Nt patches, a context of Nc. This file needs torch alone.
+The file opens with each of them as it stands on paper, `*_sigreg_plain`: one process, float64, to
+read and to copy. `spectral_sigreg`, `legendre_sigreg` and `sketched_sigreg` below compute the same
+numbers over all ranks of torch.distributed, and stay finite for degenerate batches.
+
+All of them want more rows than dimensions, N > D. A smaller sample cannot be white: spectral then
+stays above log(D / (N - 1)) and legendre above 0 (2.6 for 256 rows of 768 numbers).
+
+Values and gradients are the same inside torch.autocast as outside. torch.compile takes every loss
+(random_directions are drawn outside); torch.func.grad and vmap take all but sketched_sigreg, whose
+plain form they take.
+
+N rows of D numbers; M slices, T knots; B images, V views; K target blocks of Nt patches, a context
+of Nc patches; P patches in the whole image. This file needs torch alone.
 """
 
 import itertools
@@ -33,6 +43,7 @@ def spectral_sigreg_plain(z):
 
     z (N, D) -> scalar in [0, log D], nats: 0 for a flat spectrum, log D for a batch of rank 1.
     """
+    z = z.double()  # autocast leaves float64 alone
     sigma = torch.linalg.svdvals(z - z.mean(0))
     s = sigma / sigma.sum()
     return math.log(z.shape[1]) - torch.special.entr(s).sum()
@@ -49,6 +60,7 @@ def legendre_sigreg_plain(z):
 
     z (N, D) -> scalar >= 0, nats per dimension: 0 at mean 0 and C = I.
     """
+    z = z.double()
     (n, dim), mean = z.shape, z.mean(0)
     c = (z - mean).T @ (z - mean) / n
     c = c + RIDGE * torch.diag(1 + c.diagonal())
@@ -64,12 +76,13 @@ def sketched_sigreg_plain(z, directions, knots=17, t_max=3.0):
         value = mean over slices of N sum_k w_k [(C(t_k) - phi(t_k))^2 + S(t_k)^2]
         w = phi * [dt, 2 dt, .., 2 dt, dt]                 trapezoid, by symmetry on t >= 0 only
 
-    z (N, D), directions (D, M) with unit columns -> scalar >= 0; about 1.05 for a standard normal
-    batch whatever N, growing like N for any other. 17 knots on [0, 3] are those of the authors'
-    released example; the paper's Algorithm 1 has 17 on [-5, 5].
+    z (N, D), directions (D, M) with unit columns -> scalar >= 0. It is about 1.05 for a standard
+    normal batch whatever N, and grows like N for any other, so lambda goes with 1 / N. The 17 knots
+    on [0, 3] are those of the authors' minimal example; the paper's Algorithm 1 has 17 on [-5, 5].
     """
+    z = z.double()
     t, phi, w = quadrature(knots, t_max, like=z)
-    angle = (z @ directions)[..., None] * t  # (N, M, T)
+    angle = (z @ directions.double())[..., None] * t  # (N, M, T)
     gap = (angle.cos().mean(0) - phi).square() + angle.sin().mean(0).square()  # (M, T)
     return (len(z) * gap @ w).mean()
 
@@ -84,25 +97,31 @@ def quadrature(knots, t_max, like):
     return t, phi, w
 
 
-def masked_loss(
-    z_context, z_target, z_pred, z_back=None, *, lam, regularizer, relative=False, on="pooled"
-):
+def masked_loss(z_context, z_target, z_pred, z_back=None, *, masks, lam, regularizer, relative, on):
     """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(embeddings of the batch)
 
-        c, t   = centre(z_context), centre(z_target)
+        c, t   = centre(z_context), centre(z_target)          each token less the mean of its place
         pred   = mean (z_pred - z_target)^2           or relative: sum |z_pred - t|^2 / sum |t|^2
         SIGReg = of each image's mean token           or on tokens: (SIGReg(c) + SIGReg(t)) / 2
 
-    z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
-    (B, K, Nt, D): predicted patches; z_back (B, K, Nc, D): the context's, predicted from each
-    target: pred is then the mean of both directions'; regularizer: (N, D) -> scalar. CLS is in the
-    mean token alone: nobody predicts it, and it could carry the spread. A to the letter is
-    spectral_sigreg, pooled, not relative, without z_back. Gradients flow through everything.
-    Returns loss, prediction loss, regularizer.
+    z_context (B, 1 + Nc, D) and z_target (B, K, 1 + Nt, D) are encoded tokens, CLS first, z_pred
+    (B, K, Nt, D) the predicted targets. With z_back (B, K, Nc, D), the context predicted from each
+    target, pred is the mean of both directions. CLS enters the mean token alone: nobody predicts
+    it, and it could carry the spread.
+
+    masks: (context (B, Nc), targets (B, K, Nt), P), patch indices below P; None says that all
+    images have one mask, so that an index is a place. regularizer: (N, D) -> scalar, such as a
+    SIGReg. on: pooled or tokens, else ValueError. Source A to the letter is spectral, pooled, not
+    relative, without z_back. Gradients flow through everything. Returns loss, pred, SIGReg.
     """
+    if on not in ("pooled", "tokens"):
+        raise ValueError(f"sigreg.py: on must be pooled or tokens, got {on!r}")
     context, target = z_context[:, 1:], z_target[:, :, 1:]
-    c, t = centre(context), centre(target)
-    samples = [pool(z_context, z_target)] if on == "pooled" else [c.flatten(0, 1), t.flatten(0, 2)]
+    at_context, at_targets, num_patches = masks or (None, None, None)
+    c, t = centre(context, at_context, num_patches), centre(target, at_targets, num_patches)
+    samples = [c.flatten(0, 1), t.flatten(0, 2)]
+    if on == "pooled":
+        samples = [mean_token(z_context, z_target)]
     reg = sum(regularizer(z) for z in samples) / len(samples)
     context, target = (c, t) if relative else (context, target)
     pred = prediction_loss(z_pred, target, relative)
@@ -113,19 +132,46 @@ def masked_loss(
 
 
 def multi_view_loss(z, num_global, lam, regularizer):
-    """The loss of source B, over the V views of each image, all of them drawn to the global ones.
+    """The loss of source B, over V views of each image, all of them drawn to the global ones.
 
         c = mean of the global z
         L = (1 - lam) * mean_v mean (z_v - c)^2 + lam * mean_v SIGReg(z_v)
 
-    where the squared error is a mean over images and dimensions. z (V, B, D), global views first;
-    regularizer: (N, D) -> scalar, on each view apart, as views of one image are not independent.
-    Gradients flow through c as well. Returns loss, prediction loss, regularizer.
+    z (V, B, D), global views first; the squared error is a mean over images and dimensions.
+    regularizer: (N, D) -> scalar, of each view apart, as views of one image are not independent.
+    Gradients flow through c as well. Returns loss, prediction loss, regularizer. ValueError for
+    another shape of z, and for a num_global that is not in 1 .. V.
     """
+    if z.ndim != 3 or not 1 <= num_global <= len(z):
+        got = f"got {tuple(z.shape)} and {num_global}"
+        raise ValueError(f"sigreg.py: z must be (V, B, D), num_global from 1 to V; {got}")
     z = wide(z)
     pred = prediction_loss(z, z[:num_global].mean(0).expand_as(z))
     reg = sum(regularizer(view) for view in z) / len(z)
     return (1 - lam) * pred + lam * reg, pred, reg
+
+
+class SIGReg:
+    """One step's regularizer by name: SIGReg("sketched", seed=step)(z), z (N, D) -> scalar.
+
+    name: spectral, legendre, sketched, or none, which is 0. The sketched one has num_slices random
+    directions, the same for all samples of its step and on all ranks; the others take no notice.
+    ValueError for another name.
+    """
+
+    def __init__(self, name, num_slices=1024, seed=0):
+        if name not in ("spectral", "legendre", "sketched", "none"):
+            raise ValueError(f"sigreg.py: no {name!r}: spectral, legendre, sketched or none")
+        self.name, self.num_slices, self.seed, self.directions = name, num_slices, seed, None
+
+    def __call__(self, z):
+        if self.name == "none":
+            return z.new_zeros(())
+        if self.name != "sketched":
+            return spectral_sigreg(z) if self.name == "spectral" else legendre_sigreg(z)
+        if self.directions is None:
+            self.directions = random_directions(z.shape[1], self.num_slices, self.seed, z.device)
+        return sketched_sigreg(z, self.directions)
 
 
 # ------------------------------------------------------------------------- the same over all ranks
@@ -164,28 +210,61 @@ def sum_over_ranks(*tensors):
     return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
+class _MatMul(torch.autograd.Function):
+    """a @ b in the type of a and b, forward and backward, whatever autocast would make of them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b):
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        left, right = ctx.needs_input_grad
+        return matmul(grad, b.T) if left else None, matmul(a.T, grad) if right else None
+
+
+def matmul(a, b):
+    """(N, K) @ (K, M), the same inside autocast, which leaves nothing but float64 alone."""
+    return a @ b if a.dtype == torch.float64 else _MatMul.apply(a, b)
+
+
 def wide(z):
     """z in at least float32: losses are sums over many numbers, whatever the encoder's type."""
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _check(z):
-    if z.ndim != 2 or not z.is_floating_point():
-        raise ValueError(f"sigreg.py: z {z.dtype} {tuple(z.shape)} is not float of shape (N, D)")
+    if z.ndim != 2 or not z.is_floating_point() or len(z) == 0 and _world() == 1:
+        wanted = "is not float of shape (N, D), N above 0"
+        raise ValueError(f"sigreg.py: z {z.dtype} {tuple(z.shape)} {wanted}")
 
 
-def centre(z):
-    """z (B, ..., D) less its mean over the images of the global batch, at each other index apart.
+def centre(z, places=None, num_places=None):
+    """Each token less the mean of the tokens at its place, over the images of the global batch.
 
-    With one mask for the batch, index j is one place in every image. What is left sets the images
-    apart: neither predicting nor spreading the places or the mask's outline pays. At least float32.
+    What is left sets the images apart: neither predicting nor spreading the places pays. z (B, ...,
+    D); places: of z's shape without D, int64 below num_places, or None if an index is one place in
+    all images, as with one mask for the batch. Returns z's shape, in at least float32.
     """
     z = wide(z)
-    count, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
-    return z - total / count
+    if places is None:
+        count, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
+        return z - total / count
+    everywhere = torch.arange(num_places, device=z.device)
+    at = (places.flatten()[:, None] == everywhere).to(z)  # (tokens, places), one 1 in each row
+    count, total = sum_over_ranks(at.sum(0), matmul(at.T, z.flatten(0, -2)))
+    return z - matmul(at, total / count.clamp_min(1)[:, None]).view_as(z)
 
 
-def pool(z_context, z_target):
+def mean_token(z_context, z_target):
     """Mean token of each image, both branches: (B, 1 + Nc, D), (B, K, 1 + Nt, D) -> (B, D)."""
     return wide(torch.cat([z_context, z_target.flatten(1, 2)], dim=1)).mean(1)
 
@@ -201,6 +280,8 @@ def prediction_loss(z_pred, z_target, relative=False):
     if z_pred.shape != z_target.shape:
         shapes = f"{tuple(z_pred.shape)} and {tuple(z_target.shape)}"
         raise ValueError(f"sigreg.py: z_pred and z_target differ in shape: {shapes}")
+    if z_pred.numel() == 0 and _world() == 1:
+        raise ValueError(f"sigreg.py: z_pred of shape {tuple(z_pred.shape)} is empty")
     z_pred, z_target = wide(z_pred), wide(z_target)
     error, scale = (z_pred - z_target).square().sum(), z_target.square().sum()
     error, scale, n = sum_over_ranks(error, scale, z_target.new_full((), z_target.numel()))
@@ -215,7 +296,7 @@ def _moments(z, dtype=torch.float32):
     z = z.to(torch.promote_types(z.dtype, dtype))
     n, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
     mean = total / n
-    (gram,) = sum_over_ranks(sum((x.T @ x).double() for x in (z - mean).split(2**12)))
+    (gram,) = sum_over_ranks(sum(matmul(x.T, x).double() for x in (z - mean).split(2**12)))
     return n.double(), mean.double(), gram
 
 
@@ -272,7 +353,10 @@ def legendre_sigreg(z):
 def random_directions(dim, num_slices, seed, device=None):
     """(D, M) float32 unit columns, uniform on the sphere, by the seed alone: same on all ranks."""
     directions = torch.randn(dim, num_slices, generator=torch.Generator().manual_seed(seed))
-    return (directions / directions.norm(dim=0)).to(device)
+    directions = directions / directions.norm(dim=0)
+    if device is not None and device.type == "cuda":  # from pinned memory: does not wait
+        return directions.pin_memory().to(device, non_blocking=True)
+    return directions.to(device)
 
 
 class _Sketched(torch.autograd.Function):
@@ -296,7 +380,7 @@ class _Sketched(torch.autograd.Function):
         slices = directions.shape[1]
         block = max((2**16 if z.device.type == "cpu" else 2**24) // slices, 1)
         units = []
-        sums = torch.zeros(knots - 1, slices, dtype=z.dtype.to_complex(), device=z.device)
+        sums = torch.complex(*torch.zeros(2, knots - 1, slices, dtype=z.dtype, device=z.device))
         for rows in z.split(block):
             angle = t_max / (knots - 1) * (rows @ directions)
             units.append(torch.complex(angle.cos(), angle.sin()))

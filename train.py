@@ -1,28 +1,32 @@
 """Train LeJEPA: one encoder, one loss, prediction + SIGReg; no teacher, no stop-gradient.
 
-    python train.py                                         # embedded `shapes`: 1 to 2 minutes
+    python train.py                                         # images drawn here: 1 to 2 minutes
     python train.py --data cifar10                          # torchvision's, downloaded at first use
-    python train.py --data /data/photos                     # train/<class>/ and val/<class>/
-    python train.py --data cifar10 --recipe crops --model resnet18                      # source B
-    torchrun --nproc_per_node=8 train.py --data /data/imagenet --model vit_b16          # 8 GPUs
+    python train.py --data photos                           # a folder: photos/train/<class>/*.jpg
+    python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
+    torchrun --nproc_per_node=8 train.py --data imagenet --model vit_b16 --batch-size 4096
 
---recipe masked (A): encode a context and target blocks of the image, predict the targets' patches.
---recipe crops (B): encode global and local crops, project, draw all to the mean of the global ones.
+There are two recipes. `--recipe masked` (source A, the default) hides blocks of the image from the
+encoder and predicts their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several
+crops of an image and draws their projections together.
 
-The algorithm comes first: draw -> forward -> loss, and the loop, common to both recipes; then data,
-checkpoint, defaults and command line. The same command again continues from its checkpoint. Beside
-ckpt.pt, ckpt.jsonl holds the command line, then one JSON object a logged step.
+The loop comes first; then what it is made of, in the order of use; then data, checkpoints and the
+command line. The same command again continues from its checkpoint. ckpt.jsonl holds the command
+line, then a JSON object for each logged step.
 
-Everything random is a pure function of the seed and of the step, epoch or image number: a resumed
-run repeats the uninterrupted one, and the number of ranks changes rounding only. The batch, its
-masks and SIGReg's statistic are global; batch norm's is on GPUs only, as torch has it, and the
-stochastic depth of some of torchvision's networks is drawn by each rank.
-B is the number of images of this rank's share of the batch; README explains the other symbols.
+Everything random is a function of the seed and of the step, the epoch or the image's number. So a
+resumed run repeats the uninterrupted one, and the number of ranks changes nothing but rounding:
+batch, masks and SIGReg's statistic are those of all ranks together. Two exceptions: batch norm
+spans the ranks on GPUs only, and each rank draws its own stochastic depth.
+
+B is the number of images of this rank; model.py explains the other symbols.
 """
 
 import argparse
 import copy
 import datetime
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -30,8 +34,8 @@ import pickle
 import re
 import signal
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -40,46 +44,160 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision import datasets, models
+from torchvision import datasets
 from torchvision.transforms import v2
 
+import model
 import sigreg
 from masks import multi_block_masks, random_masks
-from model import MLPPredictor, TransformerPredictor, gather_tokens, projector, vit
 
 
-# ------------------------------------------------------------ the algorithm: draw, forward, loss
-def draw(batch, seed, share, batch_size, crop, recolor, crops=(), make_masks=None, colors=None):
-    """Views and masks of a step: a pure function of `seed` and of the images.
+# ---------------------------------------------------------------------------------------- the loop
+def train(args, data, device, rank, world):
+    """draw -> forward -> loss -> backward -> step -> log -> save, from the checkpoint's step on."""
+    net, parts = build(args, device)
+    encoder, optimizer, teacher = parts["encoder"], parts["optimizer"], parts.get("teacher")
+    per_epoch = len(data) // args.batch_size
+    last, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
+    first, log = start(args, parts, last, rank, world)
+    if first >= last:
+        return
+    mine = torch.arange(args.batch_size).tensor_split(world)[rank]  # rows of each global batch
+    loader, crops = load(args, data, first, last, mine, device)
+    batches, net, caught = OneAhead(loader), parallel(net, args, device), catch_signals()
+    follow, grid = get_ema_multi_avg_fn(args.ema), getattr(encoder, "grid", None)
+    healthy = torch.ones((), dtype=torch.bool, device=device)
+    for step, images in enumerate(batches, first + 1):
+        seed = args.seed * 100_003 + step
+        views, masks = draw(args, images, crops, mine, grid, seed)
+        torch.manual_seed(seed * world + rank)  # for stochastic depth
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            embeddings = net(views, *masks)
+        regularizer = sigreg.SIGReg(args.sigreg, args.slices, seed)
+        loss, pred, reg = loss_of(args, embeddings, masks, encoder, regularizer)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        if teacher:
+            follow(list(teacher.parameters()), list(encoder.parameters()), None)
+        healthy &= loss.detach().isfinite()  # on the GPU still: reading it would wait
+        stop = on_any_rank(caught or batches.error, world)
+        log_now = step % args.log_every == 0 or step == last
+        save_now = step % args.save_every == 0 or step == last or stop
+        if log_now or save_now:
+            check_health(healthy, net, step, args.ckpt)
+        if log_now:
+            measured = diagnostics(args, embeddings, loss, pred, reg)  # all ranks take part
+            if rank == 0:
+                rate = optimizer.param_groups[0]["lr"]
+                log.write(step, (step - 1) // per_epoch, measured, rate, batches.waited)
+        if save_now and rank == 0:
+            save(parts, {"step": step, "args": vars(args)}, args.ckpt, "train.py")
+        if stop:
+            break
+    finish(step, last, stop, batches.error, args.ckpt, rank, world)
 
-    batch: a list of uint8, what the loader gives of B images: global crops (B, G, 3, S, S), then
-    local ones (B, L, 3, s, s) if any; or small images as they are, (B, 3, H, W), with crops:
-    (count, size, least and most share of the image) of each kind to take. share (B,): which of the
-    batch_size images of the global batch they are. crop, recolor: resized_crop and photometric,
-    compiled or not. make_masks: generator -> (context, targets), for the global batch or one for
-    all images; colors: (p of blur, p of solarize), or None. Every rank draws for the whole batch
-    and takes its share: any number of ranks sees the same. Returns
 
-    views: G + L of (B, 3, size, size), normalised; with masks, one for context, one for targets;
-    masks: context (B, Nc) and targets (B, K, Nt), or None.
+# ----------------------------------------------------- what the loop is made of, in order of use
+def build(args, device):
+    """The method as one module, and what a checkpoint holds by name: encoder, predictor (of source
+    B the projector), AdamW, which decays matrices alone, and the teacher if there is one."""
+    torch.manual_seed(args.seed)
+    encoder, teacher = model.build_encoder(args.model, args.image_size), None
+    batch_norm = any("BatchNorm" in type(m).__name__ for m in encoder.modules())
+    if args.micro_batch and batch_norm:
+        raise ValueError(f"train.py: --micro-batch: {args.model} has batch norm of whole batches")
+    if args.recipe == "crops":
+        if args.local_size % getattr(encoder, "patch_size", 1):
+            wanted = f"a multiple of the patch of {args.model}"
+            raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
+        predictor = model.projector(encoder.dim, args.proj_dim)
+        net = model.MultiView(encoder, predictor, args.global_views, args.micro_batch)
+    elif not hasattr(encoder, "grid"):
+        has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
+        raise ValueError(f"train.py: patch tokens: {has_none} or --recipe crops")
+    else:
+        draw_masks(args, encoder.grid, 1)  # ValueError where the settings are impossible
+        make = model.MLPPredictor if args.predictor == "mlp" else model.TransformerPredictor
+        predictor = make(encoder.dim, encoder.grid**2, args.predictor_size)
+        teacher = copy.deepcopy(encoder).requires_grad_(False) if args.ema else None
+        heuristics = args.stop_grad, teacher, args.targets == "full"
+        both = args.directions == "both"
+        net = model.Masked(encoder, predictor, both, *heuristics, args.micro_batch)
+    on_gpu, groups = device.type == "cuda", ([], [])
+    net.to(device)
+    if on_gpu and not hasattr(encoder, "blocks"):
+        encoder.to(memory_format=torch.channels_last)
+    for name, p in torch.nn.ModuleList([encoder, predictor]).named_parameters():
+        groups[name.endswith("weight") and p.ndim >= 2].append(p)
+    groups = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}]
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
+    parts = {"encoder": encoder, "predictor": predictor, "optimizer": optimizer}
+    return net, parts | ({"teacher": teacher} if teacher else {})
+
+
+def parallel(net, args, device):
+    """The module as the loop calls it: compiled, and over all ranks; `parts` keep their names."""
+    if getattr(args, "compile", False):  # mask sizes change with the step, crops have two
+        dynamic, old = args.recipe == "masked", torch.__version__ < "2.14"
+        # with these torch 2.11 crashes on GPUs where sizes change (pytorch #181563), 2.14 does not
+        off = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
+        net.compile(dynamic=dynamic, options=off if dynamic and old else None)
+    if dist.is_initialized():
+        if device.type == "cuda":  # batch norm over the global batch, as SIGReg is
+            net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = DistributedDataParallel(net, [device] if device.type == "cuda" else None)
+        net.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
+    return net
+
+
+def draw_masks(args, grid, count, generator=None):
+    """context (count, Nc), targets (count, K, Nt) on the CPU, as the flags ask for."""
+    make = multi_block_masks if args.masks == "blocks" else random_masks
+    sizes = args.num_targets, args.target_scale, args.min_context
+    return make(count, grid, *sizes, generator=generator)
+
+
+def draw(args, batch, crops, mine, grid, seed):
+    """Views and masks of a step: a function of its seed and of the images.
+
+    batch: what `load` gives of this rank's B images, a list of uint8 tensors: global crops
+    (B, G, 3, S, S), then local ones (B, L, 3, s, s) if any; or small images as they are,
+    (B, 3, H, W), with crops: (count, size, least and most share of the image) of each kind to take.
+    mine (B,): their rows in the global batch. Every rank draws for the whole batch and takes its
+    rows, so any number of ranks sees the same. grid: patches a side, for masks. Returns
+
+    views: G + L of (B, 3, size, size), normalised; with masks two, for context and targets;
+    masks: (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
-    device, generator = batch[0].device, torch.Generator().manual_seed(seed)
-    views, masks = [], None
-    images = [part / 255 for part in batch]
-    for count, size, *scale in crops:
-        draws = torch.rand(count, batch_size, 23, generator=generator)[:, share]
+    device, count, masks = batch[0].device, args.batch_size, ()
+    generator = torch.Generator().manual_seed(seed)
+    crop, recolor = (compiled(f) if args.compile else f for f in (resized_crop, photometric))
+    images, views = [part / 255 for part in batch], []
+    for number, size, *scale in crops:
+        draws = torch.rand(number, count, 23, generator=generator)[:, mine]
         views += [crop(images[0], send(u, device), size, scale) for u in draws]
     views = views or [view for part in images for view in part.unbind(1)]
-    if make_masks:
-        masks = [send(m[share % len(m)], device) for m in make_masks(generator=generator)]
+    if args.recipe == "masked":
+        masks = draw_masks(args, grid, count if args.masks_per == "image" else 1, generator)
+        masks = [send(m[mine % len(m)], device) for m in masks]
         views = [*views, *views]
-    if colors:
-        draws = send(torch.rand(len(views), batch_size, 9, generator=generator)[:, share], device)
-        more = constant("luma", device), constant("hue", device), *colors
-        views = [recolor(view, u, *more) for view, u in zip(views, draws, strict=True)]
+    if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops alone
+        more = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
+        draws = send(torch.rand(len(views), count, 9, generator=generator)[:, mine], device)
+        tables = constant("luma", device), constant("hue", device)
+        views = [recolor(x, u, *tables, *more) for x, u in zip(views, draws, strict=True)]
     return [normalize(view) for view in views], masks
+
+
+@cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
 def send(x, device):
@@ -87,357 +205,153 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def masked_forward(encode, encode_target, predict, whole, both, views, masks):
-    """Source A: encode the context, encode the targets, predict the targets from the context.
-
-    views: two of (B, 3, S, S), one crop of each image, in colours of its own where colours change.
-    encode_target: the same encoder, with its gradient; --stop-grad and --ema change that. whole:
-    targets are patches of the encoded whole image, normalised, as I-JEPA has it. both: predict the
-    context from each target, too. Returns what masked_loss sees.
-    """
-    context, targets = masks
-    z_context = encode(views[0], context)  # (B, 1 + Nc, D)
-    if whole:
-        z = encode_target(views[1])  # (B, 1 + P, D)
-        patches = gather_tokens(F.layer_norm(z[:, 1:], z.shape[2:]), targets)  # (B, K, Nt, D)
-        z_target = torch.cat([z[:, None, :1].expand_as(patches[:, :, :1]), patches], dim=2)
-    else:
-        z_target = encode_target(views[1], targets)  # (B, K, 1 + Nt, D)
-    z_pred = predict(z_context, context, targets)  # (B, K, Nt, D)
-    if not both:
-        return z_context, z_target, z_pred
-    asked = context[:, None].expand(-1, targets.shape[1], -1)  # of each target: the context
-    z_back = predict(z_target.flatten(0, 1), targets.flatten(0, 1), asked.flatten(0, 1)[:, None])
-    return z_context, z_target, z_pred, z_back[:, 0].unflatten(0, asked.shape[:2])  # (B, K, Nc, D)
+def loss_of(args, embeddings, masks, encoder, regularizer):
+    """Loss, prediction loss, SIGReg of what the module returned."""
+    if args.recipe == "crops":
+        _, z = embeddings
+        return sigreg.multi_view_loss(z, args.global_views, args.lam, regularizer)
+    places = (*masks, encoder.grid**2) if args.masks_per == "image" else None
+    settings = {"lam": args.lam, "relative": args.pred == "relative", "on": args.sigreg_on}
+    return sigreg.masked_loss(*embeddings, masks=places, regularizer=regularizer, **settings)
 
 
-def crops_forward(encode, num_global, views, masks):
-    """Source B: encode the num_global crops and the local ones, V in all: y (B, V, width)."""
-    sizes = [crops for crops in (views[:num_global], views[num_global:]) if crops]
-    y = torch.cat([embed(encode(torch.cat(crops))) for crops in sizes])  # (V B, width)
-    return (y.unflatten(0, (len(views), -1)).transpose(0, 1),)
-
-
-def crops_loss(y, project, num_global, lam, regularizer):
-    """Source B: project y (B, V, width), what follows is sigreg.multi_view_loss of z (V, B, D).
-
-    The projector sees all images at once, as its batch norm wants.
-    """
-    z = project(y.transpose(0, 1).flatten(0, 1)).unflatten(0, (y.shape[1], -1))
-    return sigreg.multi_view_loss(z, num_global, lam, regularizer)
-
-
-def make_regularizer(name, slices, seed):
-    """SIGReg of one step as a function (N, D) -> scalar; the sketched one draws its slices anew."""
-    if name == "none":
-        return lambda z: z.new_zeros(())
-    if name != "sketched":
-        return {"spectral": sigreg.spectral_sigreg, "legendre": sigreg.legendre_sigreg}[name]
-    slices_of = cache(lambda dim, device: send(sigreg.random_directions(dim, slices, seed), device))
-    return lambda z: sigreg.sketched_sigreg(z, slices_of(z.shape[1], z.device))
+def check_choice(what, value, choices):
+    """ValueError, with the names there are, for another one."""
+    if value not in choices.split():
+        raise ValueError(f"train.py: {what} must be one of {choices}, got {value!r}")
 
 
 def learning_rate(step, last, lr, warmup=0, schedule="constant"):
     """Rate of step 1 .. last: lr, a linear rise over `warmup` steps, then `schedule`."""
+    check_choice("schedule", schedule, "constant cosine")
     rise = min(step / warmup, 1) if warmup else 1
     progress = max(step - warmup, 0) / max(last - warmup, 1)
     return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
 
 
-def set_rates(optimizer, args, step, last, warmup):
-    """The step's learning rate, and weight decay on its way along half a cosine to --wd-end."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
-    if args.wd_end is not None:  # of the matrices: see build
-        fall = learning_rate(step, last, args.weight_decay - args.wd_end, 0, "cosine")
-        optimizer.param_groups[1]["weight_decay"] = args.wd_end + fall
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 
-def masks_of(args, grid, count):
-    """The masks that the flags ask for, `count` of them, as a function of the generator."""
-    make = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
-    return partial(make, count, grid, args.num_targets, args.target_scale, args.min_context)
+def in_main_thread():
+    """Whether signals can be caught here: Python delivers them to the main thread alone."""
+    return threading.current_thread() is threading.main_thread()
 
 
-def recipe(args, crops, encoder, teacher, encode, predict, device):
-    """By --recipe: what draw takes, forward: (views, masks) -> embeddings, and their loss.
-
-    encode, predict: encoder and predictor (masked) or projector (crops), as parallel made them.
-    """
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
-    settings = {"batch_size": args.batch_size, "crops": crops}
-    for name, change in (("crop", resized_crop), ("recolor", photometric)):
-        settings[name] = torch.compile(change, dynamic=False) if args.compile else change
-    if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops, none for masked
-        settings["colors"] = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
-    if args.recipe == "crops":
-        forward = partial(crops_forward, encode, args.global_views)
-        project, views = autocast(lambda y: predict(y)), args.global_views
-        loss = partial(crops_loss, project=project, num_global=views, lam=args.lam)
-    else:
-        count = args.batch_size if args.masks_per == "image" else 1
-        settings["make_masks"] = masks_of(args, encoder.grid, count)
-        encode_target, relative = encode, args.pred == "relative"
-        if teacher or args.stop_grad:  # past DDP: no gradient; a lambda, as no_grad copies names
-            encode_target = torch.no_grad()(lambda *inputs: (teacher or encoder)(*inputs))
-        whole, both = args.targets == "full", args.directions == "both"
-        forward = partial(masked_forward, encode, encode_target, predict, whole, both)
-        loss = partial(sigreg.masked_loss, lam=args.lam, relative=relative, on=args.sigreg_on)
-    return settings, autocast(forward), loss
+def catch_signals():
+    """A list that is empty until this process gets one of SIGNALS."""
+    caught = []
+    for name in SIGNALS if in_main_thread() else ():
+        signal.signal(name, lambda number, _: caught.append(number))
+    return caught
 
 
-@torch.no_grad()
-def diagnostics(args, loss, pred, reg, embeddings):
-    """What is logged: losses; effective rank, std of sigreg.pool or of the global crops' features
-    over all ranks, which must all call it; on GPUs the peak memory."""
-    if args.recipe == "masked":
-        pooled = sigreg.pool(*embeddings[:2])  # (B, D)
-    else:
-        pooled = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B G, width)
-    erank, std = sigreg.effective_rank(pooled), sigreg.embedding_std(pooled)
-    row = {"loss": loss, "pred": pred, args.sigreg: reg, "erank": erank, "std": std}
-    peak = {"gb": torch.cuda.max_memory_allocated() / 2**30} if pooled.is_cuda else {}
-    return {name: value.item() for name, value in row.items()} | peak
-
-
-# ------------------------------------------------ draw and forward, `--micro-batch` images at once
-#
-# SIGReg is a statistic of all images: gradients added up over parts of the batch are those of
-# another loss. Exactly, in two passes: the first, without graph, collects the embeddings; their
-# loss gives their gradients; the second repeats each piece and sends these through it. A piece is a
-# call of draw for some of the images, and costs nothing until it is made.
-
-
-def first_pass(forward, pieces, coins):
-    """The embeddings of all pieces together; of several, without graph, as leaves."""
-    alone, parts = len(pieces) == 1, []
-    for i, piece in enumerate(pieces):
-        torch.manual_seed(coins + i)
-        with torch.set_grad_enabled(alone):
-            parts.append(forward(*piece()))
-    several = zip(*parts, strict=True)
-    return parts[0] if alone else [torch.cat(part).requires_grad_() for part in several]
-
-
-def second_pass(forward, pieces, coins, gradients, modules):
-    """Repeats the pieces, back-propagates the embeddings' gradients; ranks reduce in the last."""
-    start = 0
-    for i, piece in enumerate(pieces):
-        torch.manual_seed(coins + i)
-        for module in modules:
-            module.require_backward_grad_sync = i + 1 == len(pieces)  # DDP's, what no_sync sets
-        parts = forward(*piece())
-        rows = slice(start, start + len(parts[0]))
-        both = zip(parts, gradients, strict=True)  # less targets without gradient, what no loss saw
-        pairs = [(y, slope[rows]) for y, slope in both if y.requires_grad and slope is not None]
-        embeddings, slopes = zip(*pairs, strict=True)
-        torch.autograd.backward(embeddings, slopes)
-        start = rows.stop
-
-
-# ---------------------------------------------------------------------------------------- the loop
-def train(args, train_set, device, rank, world):
-    """The loop: draw -> forward -> loss -> step -> log -> save, from the checkpoint's step on."""
-    state = build(args, device)
-    encoder, predictor, optimizer, teacher = (state.get(name) for name in (*PARTS, "teacher"))
-    per_epoch = len(train_set) // args.batch_size
-    last, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    first = resume("train.py", Path(args.ckpt), state, vars(args), last, rank, world)
-    if first >= last:
-        return
-    share = torch.arange(args.batch_size).tensor_split(world)[rank]
-    loader, crops = load(args, train_set, first, last, share, device)
-    count = number_of_pieces(args, encoder, device, world)
-    modules = [parallel(m, args, device, world) for m in (encoder, predictor)]
-    settings, forward, loss_of = recipe(args, crops, encoder, teacher, *modules, device)
-    logs, pool = start_log(args, first) if rank == 0 else (), ThreadPoolExecutor(1)
-    caught, follow = catch_signals(world), get_ema_multi_avg_fn(args.ema)
-    healthy, saving = torch.ones((), dtype=torch.bool, device=device), None
-    logged, start, waited, ready = first, time.perf_counter(), 0.0, time.perf_counter()
-    for step, batch in enumerate(loader, first + 1):
-        waited += time.perf_counter() - ready
-        seed = args.seed * 100_003 + step
-        parts = zip(*(x.tensor_split(count) for x in (share, *batch)), strict=True)
-        pieces = [partial(draw, part, seed, some, **settings) for some, *part in parts]
-        coins = (seed * world + rank) * 1000  # of stochastic depth, the same in both passes
-        embeddings = first_pass(forward, pieces, coins)
-        regularizer = make_regularizer(args.sigreg, args.slices, seed)
-        loss, pred, reg = loss_of(*embeddings, regularizer=regularizer)
-        loss.backward()
-        loss, pred, reg = loss.detach(), pred.detach(), reg.detach()  # lets the graph go
-        log_now = step % args.log_every == 0 or step == last
-        measured = diagnostics(args, loss, pred, reg, embeddings) if log_now else {}
-        if len(pieces) > 1:
-            embeddings = [z.grad for z in embeddings]  # all that the second pass needs
-            second_pass(forward, pieces, coins, embeddings, modules)
-        set_rates(optimizer, args, step, last, warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-        if teacher:
-            follow(list(teacher.parameters()), list(encoder.parameters()), None)
-        healthy &= loss.isfinite()  # read only where the GPU is waited for anyway
-        stop_now = caught()
-        save_now = step % args.save_every == 0 or step == last or stop_now
-        if log_now or save_now:
-            check_health(healthy, encoder, predictor, step, args.ckpt)
-        if log_now and rank == 0:
-            row = {"step": step, "epoch": (step - 1) // per_epoch, **measured}
-            seconds = time.perf_counter() - start
-            row["lr"], row["wait"] = optimizer.param_groups[0]["lr"], round(waited / seconds, 3)
-            row["images_per_s"] = round((step - logged) * args.batch_size / seconds, 3)
-            write_log(args, row, last, *logs)
-            logged, start, waited = step, time.perf_counter(), 0.0
-        if save_now and rank == 0:
-            saving = store(saving, pool, state, {"step": step, "args": vars(args)})
-        if stop_now:
-            break
-        ready = time.perf_counter()
-    if rank == 0:
-        saving.result()
-        then = "the same command continues" if stop_now else f"next: python probe.py {args.ckpt}"
-        print(f"train.py: step {step} of {last}, saved; {then}")
-
-
-# ------------------------------------------------------- what the loop is made of, and its log
-# torchvision's families whose classifiers take any image size, (B, classes) out
-BACKBONES = "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg"
-
-
-def build_encoder(name, image_size):
-    """model.vit, or a torchvision classifier without its last layer, its feature width as .dim.
-
-    ResNets for images up to 64 px get the usual small stem: 3 x 3, stride 1, no max-pooling.
-    ValueError for other names.
-    """
-    if name not in models.list_models(module=models):
-        return vit(name, image_size)
-    if not re.search(BACKBONES, name):  # resne: resnext and wide_resnet, too
-        raise ValueError(f"train.py: {name} cannot be a backbone; these can: {BACKBONES}")
-    encoder = models.get_model(name)
-    linear = [(p, m) for p, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
-    path, classifier = linear[-1]
-    encoder.set_submodule(path, torch.nn.Identity())
-    encoder.dim = classifier.in_features
-    if isinstance(encoder, models.ResNet) and image_size <= 64:
-        encoder.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        encoder.maxpool = torch.nn.Identity()
-    return encoder
-
-
-def embed(features):
-    """What is probed: the mean patch token of tokens (B, 1 + P, D); features (B, D) as they are."""
-    features = sigreg.wide(features)
-    return features[:, 1:].mean(1) if features.ndim == 3 else features
-
-
-def build(args, device):
-    """By name: encoder, predictor or projector, AdamW that decays matrices, teacher or none."""
-    torch.manual_seed(args.seed)
-    encoder = build_encoder(args.model, args.image_size)
-    if args.recipe == "crops":
-        if args.local_size % getattr(encoder, "patch_size", 1):
-            wanted = f"a multiple of the patch of {args.model}"
-            raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
-        predictor = projector(encoder.dim, args.proj_dim)  # kept under the predictor's name
-    elif not hasattr(encoder, "grid"):
-        has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
-        raise ValueError(f"train.py: patch tokens: {has_none} or --recipe crops")
-    else:
-        masks_of(args, encoder.grid, 1)()  # ValueError where the settings are impossible
-        make = {"mlp": MLPPredictor, "transformer": TransformerPredictor}[args.predictor]
-        predictor = make(encoder.dim, encoder.grid**2, args.predictor_size)
-    on_gpu, groups = device.type == "cuda", ([], [])
-    for name, p in torch.nn.ModuleList([encoder, predictor]).to(device).named_parameters():
-        groups[name.endswith("weight") and p.ndim >= 2].append(p)
-    groups = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}]
-    if on_gpu and not hasattr(encoder, "blocks"):
-        encoder.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
-    state = dict(zip(PARTS, (encoder, predictor, optimizer), strict=True))
-    if args.ema:
-        state["teacher"] = copy.deepcopy(encoder).requires_grad_(False)
-    return state
-
-
-def parallel(module, args, device, world):
-    """The module as the loop calls it; `module` itself keeps its names for the checkpoint."""
-    if getattr(args, "compile", False):  # mask sizes change by the step, crops have two
-        dynamic, old = args.recipe == "masked", torch.__version__ < "2.14"
-        # with these torch 2.11 crashes on GPUs where sizes change (pytorch #181563), 2.14 does not
-        off = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
-        module = torch.compile(module, dynamic=dynamic, options=off if dynamic and old else None)
+def on_any_rank(mine, world):
+    """Whether `mine` is true on any rank; all ranks call it."""
+    flag = torch.tensor(int(bool(mine)))
     if world > 1:
-        if device.type == "cuda":  # batch norm over the global batch, as SIGReg is
-            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        module = DistributedDataParallel(module, [device] if device.type == "cuda" else None)
-        module.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
-    return module
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
-def check_health(healthy, encoder, predictor, step, ckpt):
+def start(args, parts, last, rank, world):
+    """The step to go on from, and rank 0's log. A new run claims its path by a checkpoint."""
+    first, log = resume("train.py", Path(args.ckpt), parts, vars(args), last, rank, world), None
+    if rank == 0 and (first or 0) < last:
+        warn_of_small_sample(args, parts["encoder"])
+        log = Log(args, first, last)
+        if first is None:
+            save(parts, {"step": 0, "args": vars(args)}, args.ckpt, "train.py")
+    return first or 0, log
+
+
+def warn_of_small_sample(args, encoder):
+    """One line where SIGReg's sample has no more rows than dimensions."""
+    dim, count = encoder.dim if args.recipe == "masked" else args.proj_dim, args.batch_size
+    if args.sigreg_on == "tokens":
+        least = min(args.min_context, args.num_targets * args.target_scale[0])
+        count *= max(int(least * encoder.grid**2), 1)
+    if args.sigreg != "none" and count <= dim:
+        few = f"SIGReg sees {count} vectors of {dim} numbers a step, too few to be white"
+        more = ", --sigreg-on tokens" * (args.sigreg_on == "pooled")
+        print(f"train.py: {few}: take --batch-size {2 * dim}{more} or a narrower network")
+
+
+def check_health(healthy, net, step, ckpt):
     """Ends the run if a loss was non-finite or a weight is, as a finite loss can make one."""
-    weights = [*encoder.parameters(), *predictor.parameters()]
-    if not healthy or not all(p.isfinite().all() for p in weights):
+    if not healthy or not all(p.isfinite().all() for p in net.parameters()):
         sys.exit(f"train.py: loss or weight non-finite by step {step}: lower --lr; {ckpt} is whole")
 
 
-def number_of_pieces(args, encoder, device, world):
-    """In how many pieces a rank's images go: by --micro-batch, or on GPUs by what has room.
-
-    The same on all ranks, also where their shares differ by an image: they reduce in the last one.
-    A ViT's activations in bfloat16 come to 38 bytes a block, token and unit of width (measured for
-    B, L and H); weights, gradients and AdamW's state to 16 bytes a parameter. A fifth is left free.
-    """
-    count = -(-args.batch_size // world)  # the largest share
-    if args.micro_batch and any("BatchNorm" in type(m).__name__ for m in encoder.modules()):
-        sys.exit(f"train.py: {args.model} has batch norm, of whole batches; no --micro-batch then")
-    if args.micro_batch or device.type != "cuda" or not hasattr(encoder, "blocks"):
-        return -(-count // (args.micro_batch or count))
-    patches, local = encoder.grid**2, (args.local_size // encoder.patch_size) ** 2
-    if args.recipe == "masked":  # targets, and somewhat more than half the image as context
-        asked = args.num_targets * sum(args.target_scale) / 2
-        tokens = (0.55 + (1 if args.targets == "full" else asked)) * patches
+@torch.no_grad()
+def diagnostics(args, embeddings, loss, pred, reg):
+    """What is logged: losses; effective rank and std of the images' mean tokens, or of the global
+    crops' features, over all ranks, which must all call it; on GPUs the peak memory."""
+    if args.recipe == "masked":
+        features = sigreg.mean_token(*embeddings[:2])  # (B, D)
     else:
-        tokens = args.global_views * (patches + 1) + args.local_views * (local + 1)
-    each = 38 * len(encoder.blocks) * encoder.dim * tokens * (1 if args.amp else 2)
-    if args.directions == "both":  # the context once for each target, in float32 for its loss
-        each += (94 + 17 * args.predictor_size) * encoder.dim * 0.55 * patches * args.num_targets
-    room = 0.8 * torch.cuda.get_device_properties(device).total_memory
-    room -= 16 * sum(p.numel() for p in encoder.parameters())
-    at_once = min(count, 2 ** int(math.log2(max(room / each, 1))))
-    if at_once < count and os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {at_once} images a GPU at once (--micro-batch) of its {count}")
-    return -(-count // at_once)
+        features = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B G, width)
+    erank, std = sigreg.effective_rank(features), sigreg.embedding_std(features)
+    row = {"loss": loss, "pred": pred, args.sigreg: reg, "erank": erank, "std": std}
+    peak = {"gb": torch.cuda.max_memory_allocated() / 2**30} if features.is_cuda else {}
+    return {name: value.item() for name, value in row.items()} | peak
 
 
-def start_log(args, first):
-    """ckpt.jsonl with the command line, or cut back to `first`; TensorBoard's writer, or None."""
-    log = Path(args.ckpt.removesuffix(".pt") + ".jsonl")  # a run named lam0.1 keeps its name
-    # after a resume each step stands once, and a line cut short by a kill goes
-    lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
-    kept = [x for x in lines if x.endswith("\n") and json.loads(x).get("step", 0) <= first]
-    header = json.dumps({"command": " ".join(sys.argv), "args": vars(args)}) + "\n"
-    log.write_text("".join(kept or [header]))
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return log, None
-    return log, SummaryWriter(log.with_suffix(".tb"), purge_step=first + 1)
+class Log:
+    """ckpt.jsonl, locked while the run lasts, and the screen.
+
+    It opens with the command line and keeps the steps up to `first`. Exits where another run writes
+    it, or where it belongs to a run whose checkpoint is gone.
+    """
+
+    def __init__(self, args, first, last):
+        path = Path(args.ckpt).with_suffix(".jsonl")
+        self.args, self.last, self.logged = args, last, first or 0
+        try:
+            self.file = path.open("a+")
+        except OSError as error:
+            sys.exit(f"train.py: cannot write {path}: {error.strerror}")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loaders
+        except (BlockingIOError, PermissionError):
+            sys.exit(f"train.py: another run writes {path} now; give this one a --ckpt of its own")
+        except OSError:  # a file system without locks
+            pass
+        self.file.seek(0)
+        lines = self.file.readlines()
+        if first is None and len(lines) > 1:
+            sys.exit(f"train.py: {path} is the log of a run without {args.ckpt}; move the log, too")
+        # after a resume each step stands once, and a line cut short by a kill goes
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line).get("step", 0) <= self.logged]
+        header = json.dumps({"command": " ".join(sys.argv), "args": vars(args)}) + "\n"
+        self.file.truncate(0)
+        self.file.writelines(kept or [header])
+        self.file.flush()
+        self.start, self.waited = time.perf_counter(), 0.0
+
+    def write(self, step, epoch, measured, rate, waited):
+        """One logged step: a JSON object in the file, a line on the screen."""
+        seconds, images = time.perf_counter() - self.start, self.args.batch_size
+        row = {"step": step, "epoch": epoch, **measured, "lr": rate}
+        row["wait"] = round((waited - self.waited) / seconds, 3)  # share of the time, for images
+        row["images_per_s"] = round((step - self.logged) * images / seconds, 3)
+        self.start, self.waited, self.logged = time.perf_counter(), waited, step
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
+        eta = datetime.timedelta(seconds=(self.last - step) * images // row["images_per_s"])
+        print("  ".join([f"step {step}/{self.last}", *numbers, f"eta {eta}"]), flush=True)
 
 
-def write_log(args, row, last, log, writer):
-    """One logged step: a line on the screen, a JSON object in ckpt.jsonl, points in TensorBoard."""
-    with log.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    for key, value in row.items():
-        if writer and key != "step":
-            writer.add_scalar(key, value, row["step"])
-    numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
-    eta = datetime.timedelta(seconds=(last - row["step"]) * args.batch_size // row["images_per_s"])
-    print("  ".join([f"step {row['step']}/{last}", *numbers, f"eta {eta}"]), flush=True)
-
-
-SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+def finish(step, last, stopped, error, ckpt, rank, world):
+    """Says what was saved; raises what stopped the loading of images, after all have saved."""
+    if rank == 0:
+        then = "the same command continues" if stopped else f"next: python probe.py {ckpt}"
+        print(f"train.py: step {step} of {last}, saved; {then}")
+    if world > 1:
+        dist.barrier()
+    if error:
+        raise error
 
 
 @contextmanager
@@ -446,26 +360,27 @@ def ranks(script, device):
 
     Errors that name one of the scripts end it in their one line; signals are as before then.
     """
-    handlers = {name: signal.getsignal(name) for name in SIGNALS}
+    handlers = {name: signal.getsignal(name) for name in SIGNALS if in_main_thread()}
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
     rank, local_rank, world = (int(os.environ.get(*name)) for name in names)
-    try:
-        device = torch.device(device)
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"{script}: --device {device}: {str(error).splitlines()[0]}")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        sys.exit(f"{script}: --device {device} is not here; take cpu, or cuda where there is a GPU")
+    device = torch.device(device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     if world > 1:
-        # CPU tensors too: the probe's features. A day, since all wait while one downloads or fits.
+        # CPU tensors too: the probe's features. Two hours: all wait while one downloads or fits.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         here = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=here)
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=here)
     try:
         yield device, rank, world
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted; the same command continues from the last save")
+    except torch.OutOfMemoryError as error:
+        less = "--micro-batch 256 gives the same result" if script == "train.py" else "fewer pixels"
+        sys.exit(f"{script}: out of memory: {less} in less ({str(error).splitlines()[0]})")
     except (OSError, ValueError) as error:  # a loading process puts its traceback before the line
         line = str(error).strip().rpartition("\n")[2].removeprefix("OSError: ")
         if not re.match(r"\w+\.py: ", line):  # none of ours
@@ -477,21 +392,6 @@ def ranks(script, device):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def catch_signals(world):
-    """A function, called by all ranks: has one of them caught a signal of SIGNALS since now?"""
-    caught = torch.tensor(0)
-    for name in SIGNALS:
-        signal.signal(name, lambda number, _: caught.fill_(1))
-
-    def any_rank():
-        now = caught.clone()  # what is caught while ranks wait for each other counts the next time
-        if world > 1:
-            dist.all_reduce(now, dist.ReduceOp.MAX)
-        return bool(now)
-
-    return any_rank
 
 
 @contextmanager
@@ -549,6 +449,7 @@ class Shapes(torch.utils.data.Dataset):
     """
 
     def __init__(self, size=32, seed=0, split="train"):
+        check_choice("split", split, "train val")
         self.size, self.seed, self.val = size, seed, split == "val"
         self.cell = -(-size // 4)
         rng = np.random.default_rng(0)  # the stencils are the same for every seed
@@ -578,16 +479,33 @@ class Shapes(torch.utils.data.Dataset):
         return (image.clip(0, 1) * 255).astype(np.uint8), label
 
 
-def read_image(path):
-    """The image file as RGB; an OSError that names the path when it cannot be read."""
+def read_image(path, size_alone=False):
+    """The image file as RGB, upright, on white where it is transparent, 16 bits scaled to 8.
+
+    With size_alone its (height, width) from the header. OSError that names the path where it cannot
+    be read, or where nothing says what range its numbers have.
+    """
     try:
-        return datasets.folder.pil_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        with Image.open(path) as file:
+            if size_alone:
+                return file.size[::-1]
+            image = ImageOps.exif_transpose(file)
+            sixteen = image.mode == "I" and file.format in ("PNG", "PPM")
+            if sixteen or image.mode.startswith("I;16"):  # Pillow's own conversion clips
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"no range is known for mode {image.mode}")
+            elif image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # noqa: BLE001 (Pillow raises struct.error and others)
         raise OSError(f"train.py: cannot read image {path} ({error}); mend or delete it") from None
 
 
 def open_data(data, root, split, seed=0, image_size=32):
     """The `train` or `val` split of --data, (uint8 array (H, W, 3), label) pairs, or an exit."""
+    check_choice("split", split, "train val")
     if data == "shapes":
         return Shapes(image_size, seed, split)
     if data in DATASETS:
@@ -597,10 +515,60 @@ def open_data(data, root, split, seed=0, image_size=32):
         except (OSError, RuntimeError, ImportError) as error:  # no network, no room, no scipy ...
             sys.exit(f"train.py: --data {data} is not in {root} and cannot be had: {error}")
     try:
-        return datasets.ImageFolder(Path(data, split), np.array, loader=read_image)
+        return open_folder(Path(data, split))
     except OSError as error:  # no folder, no class folder, or one without images
         wanted = f"{split}/<class>/<image files>; or take shapes {' '.join(DATASETS)}"
         sys.exit(f"train.py: {data} has no {wanted} ({str(error).splitlines()[0]})")
+
+
+EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif")
+
+
+def open_folder(folder):
+    """torchvision's ImageFolder; rank 0 says what was left out: other files, links in a circle."""
+    others = []
+
+    def is_image(path):
+        name = Path(path).name.lower()
+        return name.endswith(EXTENSIONS) and name[0] != "." or others.append(path)
+
+    data = datasets.ImageFolder(folder, np.array, loader=read_image, is_valid_file=is_image)
+    real, ways, kept = cache(os.path.realpath), {}, []
+    for path, label in data.samples:  # a folder reached on several ways counts once in a class
+        here = os.path.dirname(path)
+        if ways.setdefault((real(here), label), here) == here:
+            kept.append((path, label))
+    again, data.samples = len(data.samples) - len(kept), kept
+    others = [path for path in others if os.path.isfile(path)]  # no links in a circle
+    if (others or again) and os.environ.get("RANK", "0") == "0":
+        names = " ".join(sorted({Path(path).suffix or Path(path).name for path in others})[:5])
+        left_out = f"{len(others)} files that are no images ({names})"
+        print(f"train.py: {folder}: left out {left_out}, {again} images reached again by links")
+    return data
+
+
+def sizes_of(data, count=64):
+    """(height, width) of `count` images spread over the data; of files, their headers alone."""
+    rows = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
+    if isinstance(data, datasets.ImageFolder):
+        return [read_image(data.samples[i][0], size_alone=True) for i in rows]
+    return [data[i][0].shape[:2] for i in rows]
+
+
+def fingerprint(data):
+    """Number of images, and for files a hash of their names below the folder: one for all ranks.
+
+    Exits where a rank holds others than rank 0.
+    """
+    names = [path[len(str(data.root)) :] for path, _ in getattr(data, "samples", ())]
+    mine = f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
+    every = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(every) > 1:
+        dist.all_gather_object(every, mine)
+    if len({*every}) > 1:
+        found = ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(every))
+        sys.exit(f"train.py: ranks differ in images (number, hash of names): {found}")
+    return mine
 
 
 class Images(torch.utils.data.Dataset):
@@ -748,7 +716,7 @@ def load(args, train_set, first, last, share, device):
         kinds = [(args.global_views, args.image_size, 0.3, 1)]
         kinds += [(args.local_views, args.local_size, 0.05, 0.3)] * (args.local_views > 0)
     steps = batches(len(train_set), args.batch_size, first, last, args.seed, share)
-    whole = hold(train_set, args.workers, device)
+    whole = hold(train_set, sizes_of(train_set), args.workers, device)
     if whole is not None and (kinds or whole.shape[2:] == (args.image_size, args.image_size)):
         indices = (send(torch.tensor([i for _, i in keys]), device) for keys in steps)
         return ([whole[i] if kinds else whole[i][:, None]] for i in indices), kinds
@@ -757,24 +725,44 @@ def load(args, train_set, first, last, share, device):
     some = (keys[i : i + 16] for keys in steps for i in range(0, len(keys), 16))
     loader = read(images, args.workers, batch_sampler=some, pin_memory=device.type == "cuda")
     of_a_step = zip(*[loader] * -(-len(share) // 16), strict=True)  # so many messages each
-    return (on_device(messages, device) for messages in of_a_step), ()
+    kinds = (zip(*(views for views, _ in messages), strict=True) for messages in of_a_step)
+    return ([torch.cat([send(x, device) for x in k]) for k in step] for step in kinds), ()
 
 
-def on_device(messages, device):
-    """Loaded (views by kind of crop, labels), several -> all views of each kind, on the device."""
-    kinds = zip(*(views for views, _ in messages), strict=True)
-    return [torch.cat([x.to(device, non_blocking=True) for x in kind]) for kind in kinds]
+def hold(data, sizes, workers, device):
+    """All images, uint8 (N, 3, H, W), on the device; None if they differ in size or are large.
 
-
-def hold(data, workers, device):
-    """All images, uint8 (N, 3, H, W), on the device; None if they differ in size or are large."""
-    if min(data[0][0].shape[:2]) > 96 or len(data) * 3 * 96**2 > 2**33:
+    sizes: (height, width) of some of them."""
+    if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * 96**2 > 2**33:
         return None
-    try:
-        whole = torch.cat([images for images, _ in read(data, workers, batch_size=500)])
-        return whole.permute(0, 3, 1, 2).to(device)
-    except RuntimeError:  # torch's, where sizes differ
+    parts = read(data, workers, batch_size=500, collate_fn=list)
+    images = [image for part in parts for image, _ in part]
+    if len({image.shape for image in images}) > 1:
         return None
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+
+
+class OneAhead:
+    """A loader's batches, each handed out after the next was loaded.
+
+    So an image that cannot be read ends the iteration one batch later, with the exception in
+    .error: all ranks have time to save. .waited: seconds spent waiting for the loader.
+    """
+
+    def __init__(self, loader):
+        self.loader, self.error, self.waited = loader, None, 0.0
+
+    def __iter__(self):
+        batch = next(self.loader)
+        while batch is not None:
+            start = time.perf_counter()
+            try:
+                ahead = next(self.loader, None)
+            except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+                self.error, ahead = error, None
+            self.waited += time.perf_counter() - start
+            yield batch
+            batch = ahead
 
 
 def read(data, workers, **options):
@@ -789,32 +777,18 @@ def leave_signals(worker):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-# -------------------------------------------------------------------------------------- checkpoint
+# ------------------------------------------------------------------------------------- checkpoints
 # what may differ between the run that wrote a checkpoint and the one that continues it
 MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
 PARTS = ("encoder", "predictor", "optimizer")
 
 
-def on_host(state):
-    """A copy of the state's tensors in host memory, which later steps leave alone."""
-    if isinstance(state, dict):
-        return {name: on_host(part) for name, part in state.items()}
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
-
-
-def store(before, pool, parts, rest):
-    """Copies the state, has `pool` write it; the one before must have ended well."""
-    if before:
-        before.result()
-    state = {name: part.state_dict() for name, part in parts.items()} | rest
-    return pool.submit(save, on_host(state), Path(rest["args"]["ckpt"]), "train.py")
-
-
-def save(state, path, script):
-    """Writes a checkpoint; a kill or a full disk leaves the old file whole, and no other."""
+def save(parts, rest, path, script):
+    """Writes the parts' states; a kill or a full disk leaves the old file whole, and no other."""
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        torch.save(state, temporary)
+        torch.save({name: part.state_dict() for name, part in parts.items()} | rest, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
         temporary.unlink(missing_ok=True)
@@ -836,28 +810,30 @@ def load_checkpoint(path, parts=PARTS):
 
 
 def resume(script, path, parts, settings, last, rank, world):
-    """The step of the checkpoint, whose state is put into `parts`; 0 where there is none.
+    """The step of the checkpoint, whose state is put into `parts`; None where there is none.
 
-    Whichever rank has the newest reads it and sends it to all: nodes need not share a disk. Exits
-    where it was made with other settings, and where its folder does not exist.
+    Rank 0 reads it and sends it to all. Exits where its folder does not exist, and where it was
+    made with other settings.
     """
     if not path.absolute().parent.is_dir():
         sys.exit(f"{script}: --ckpt {path}: no such folder {path.absolute().parent}")
-    written = torch.zeros(world, dtype=torch.float64)
-    written[rank] = path.stat().st_mtime if path.exists() else 0
+    found = [load_checkpoint(path, ["encoder"]) if rank == 0 and path.exists() else None]
     if world > 1:
-        dist.all_reduce(written)
-    source = int(written.argmax())
-    found = [load_checkpoint(path, ["encoder"]) if rank == source and written[rank] else None]
-    if world > 1:
-        dist.broadcast_object_list(found, src=source, device=torch.device("cpu"))
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     saved = found[0]
     if saved is None:
-        return 0
+        return None
+    may_change = set(MAY_CHANGE.split())
+    if settings.get("schedule") == "cosine":  # its length is part of it
+        may_change -= {"epochs", "steps"}
     for name, value in settings.items():
-        if name not in MAY_CHANGE.split() and saved["args"].get(name) != value:
-            was = f"{path} was trained with {name}={saved['args'].get(name)}"
-            sys.exit(f"{script}: {was}, this command says {value}; repeat that or move it")
+        before = saved["args"].get(name)
+        if name in ("data", "data_root") and before:  # one folder may have several names
+            before, value = Path(before).resolve(), Path(value).resolve()
+        if name not in may_change and before != value:
+            was = f"{path} was trained with {name}={before}, this command says {value}"
+            log = f" and {path.with_suffix('.jsonl')}" if script == "train.py" else ""
+            sys.exit(f"{script}: {was}; repeat that, or move {path}{log}")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     step = saved["step"]
@@ -867,175 +843,111 @@ def resume(script, path, parts, settings, last, rank, world):
     return step
 
 
-# ------------------------------------------------------------------ defaults, command line, main
+# ------------------------------------------------------------------------------------ command line
 # fmt: off
-KINDS = "shapes|to 48 px|to 96 px|photographs|from 500,000"
-DEFAULTS = {  # by the kind of data; --image-size, --weight-decay, --workers ... : see fill_in
-    "model":        ("vit_n8",   "vit_n4",   "vit_n8",   "vit_s16",    "vit_b16"),
-    "augment":      ("none",     "color",    "color",    "none",       "none"),
-    "masks_per":    ("image",    "batch",    "batch",    "batch",      "batch"),
-    "target_scale": ([0.4, 0.6], [0.2, 0.3], [0.2, 0.3], [0.2, 0.3],   [0.2, 0.3]),
-    "pred":         ("mse",      "relative", "relative", "relative",   "relative"),
-    "directions":   ("one",      "both",     "both",     "both",       "both"),
-    "sigreg_on":    ("pooled",   "tokens",   "tokens",   "tokens",     "tokens"),
-    "batch_size":   (256,        256,        256,        256,          4096),
-    "epochs":       (5,          100,        100,        300,          300),
-    "lr":           (1e-3,       2e-3,       2e-3,       1e-3,         1.5e-4),
+DEFAULTS = {  # of the masked recipe, by the kind of data; more in fill_in
+    #                shapes       up to 96 px  larger
+    "augment":      ("none",      "color",     "none"),
+    "masks_per":    ("image",     "batch",     "batch"),
+    "target_scale": ([0.4, 0.6],  [0.2, 0.3],  [0.2, 0.3]),
+    "pred":         ("mse",       "relative",  "relative"),
+    "directions":   ("one",       "both",      "both"),
+    "sigreg_on":    ("pooled",    "tokens",    "tokens"),
+    "epochs":       (5,           100,         300),
+    "lr":           (1e-3,        2e-3,        1e-3),
+}
+# fmt: on
+RECIPES = {  # what the recipe then says
+    "masked": {"sigreg": "legendre", "lam": 1.0},
+    "crops": {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
 }
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim",
     "crops": "predictor predictor_size masks masks_per num_targets target_scale min_context pred "
     "directions sigreg_on targets stop_grad ema",
 }
-RECIPES = {  # what the recipe then says
-    "masked":       {"sigreg": "legendre", "lam": 1.0},
-    "crops":        {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
+LEAST = {  # what an option must be at least
+    1: "image_size global_views local_size predictor_size proj_dim num_targets slices micro_batch "
+    "epochs steps save_every log_every",
+    0: "local_views workers min_context lam ema lr warmup_epochs weight_decay seed",
 }
-OPTIONS = [  # group, or option, type or choices, default (None: see above, fill_in), least, effect
-    "data",
-    ("data", str, "shapes", "", "folder with train/ and val/, embedded shapes, cifar10 ..."),
-    ("data-root", str, "data", "", "where torchvision's data sets are downloaded to"),
-    ("image-size", int, None, 1, "pixels, a multiple of the patch [small images: theirs; 224]"),
-    ("augment", "none crop color", None, "", "color: crop, and colours"),
-    ("global-views", int, 2, 1, "crops: views of 0.3 to 1 of the image, at full size"),
-    ("local-views", int, 6, 0, "crops: views of 0.05 to 0.3 of the image"),
-    ("local-size", int, None, 1, "crops: pixels of local views [0.43 of the image size]"),
-    ("workers", int, None, 0, "processes that load images; speed only [cores, at most 8]"),
-    "model",
-    ("recipe", "masked crops", "masked", "", "A: predict hidden patches; B: embed crops alike"),
-    ("model", str, None, "", "vit_n8 ... vit_h14, resnet18"),
-    ("predictor", "mlp transformer", "mlp", "", "from the pooled context, or attending to it"),
-    ("predictor-size", int, 4, 1, "mlp: hidden units, in widths of the encoder; else blocks"),
-    ("proj-dim", int, 64, 1, "crops: width of the projection that the loss sees"),
-    ("masks", "blocks random", "blocks", "", "targets are rectangles, or scattered patches"),
-    ("masks-per", "batch image", None, "", "batch: one for all, its outline is no shortcut"),
-    ("num-targets", int, 2, 1, "target blocks an image"),
-    ("target-scale", [float, float], None, "", "share of patches in a target"),
-    ("min-context", float, 0.35, 0, "least share of patches for the context"),
-    "loss",
-    ("pred", "relative mse", None, "", "relative: share unexplained, shrinking gains nothing"),
-    ("directions", "one both", None, "", "both: the context from each target, too"),
-    ("sigreg", "spectral legendre sketched none", None, "", "see sigreg.py"),
-    ("sigreg-on", "pooled tokens", None, "", "mean token of each image, or all patch tokens"),
-    ("lam", float, None, 0, "weight of SIGReg; masked, sketched 13 / N"),
-    ("targets", "blocks full", "blocks", "", "full: patches of the encoded whole image"),
-    ("stop-grad", bool, False, "", "no gradient through the targets, SIGReg's neither"),
-    ("ema", float, 0, 0, "targets by a teacher, the encoder's average with this momentum"),
-    ("slices", int, 1024, 1, "random directions a step of sketched SIGReg"),
-    "optimization",
-    ("batch-size", int, None, "", "images a step over all ranks"),
-    ("micro-batch", int, None, 1, "images a rank at once, exact all the same [what has room]"),
-    ("epochs", int, None, 1, "passes over the data"),
-    ("steps", int, None, 1, "stop after so many steps, whatever --epochs says"),
-    ("lr", float, None, 0, "AdamW learning rate"),
-    ("schedule", "constant cosine", "constant", "", "cosine: falls to 0 at the last step"),
-    ("warmup-epochs", float, 0, 0, "epochs in which the rate rises from 0"),
-    ("weight-decay", float, None, 0, "AdamW's, of weight matrices [0.05; ResNets 5e-4]"),
-    ("wd-end", float, None, 0, "weight decay goes there along a cosine"),
-    ("seed", int, 0, 0, "of weights, order, crops, masks, slices and the shapes"),
-    "run",
-    ("ckpt", str, "ckpt.pt", "", "written to, and continued from where it exists"),
-    ("save-every", int, 500, 1, "steps between checkpoints"),
-    ("log-every", int, 50, 1, "steps between lines of the log"),
-    ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "", "cuda or cpu"),
-    ("amp", bool, None, "", "bfloat16 autocast of encoder, predictor [where it is faster]"),
-    ("compile", bool, False, "", "torch.compile: slow start, faster steps"),
-]
-# fmt: on
-
-
-def fill_in(args, count, side, world):
-    """What the command line left open: by kind of data, by recipe, then by what follows from it.
-
-    count images, whose shorter side is `side` pixels; exits in one line where the batch cannot be.
-    """
-    larger = 2 if side <= 96 else 3 if count < 500_000 else 4
-    kind = 0 if args.data == "shapes" else 1 if side <= 48 else larger
-    names = [name for name in DEFAULTS if name not in UNUSED[args.recipe].split()]
-    chosen = {name: DEFAULTS[name][kind] for name in names} | RECIPES[args.recipe]
-    name = args.model or "vit"
-    chosen["weight_decay"] = 5e-4 if "resne" in name else 0.05
-    most = count if name.startswith("vit") else 2048  # batch norm: all activations at once
-    chosen["batch_size"] = min(chosen["batch_size"], most, count)
-    # shapes are cheaper to draw than to send between processes
-    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    chosen["workers"] = 0 if kind == 0 and args.recipe == "masked" else min(8, cores)
-    chosen["amp"] = args.device.startswith("cuda") or bfloat16_is_faster()
-    chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
-    vars(args).update(chosen)
-    patch = patch_size(args.model, side)
-    if args.image_size is None:
-        few = kind > 2 or patch < 32 and side // patch < 4  # patches for a mask: enlarge to 224
-        args.image_size = 224 // patch * patch if few else max(side // patch, 2) * patch
-    if args.local_size is None:
-        args.local_size = max(round(0.43 * args.image_size / patch), 1) * patch
-    if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
-        limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
-        sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
-    if "lam" in chosen and args.recipe == "masked" and args.sigreg == "sketched":
-        context = max((args.image_size // patch) ** 2 // 2, 1)  # about half of the patches
-        samples = args.batch_size * (context if args.sigreg_on == "tokens" else 1)
-        args.lam = chosen["lam"] = float(f"{0.05 * 256 / samples:.1g}")  # it grows with them
-    return chosen | {"image_size": args.image_size}
-
-
-def bfloat16_is_faster():
-    """Whether it is, on this CPU: with AMX or AMD's AVX-512 units; Intel's take twice as long."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and bool(re.search("(?s)AMD.*avx512_bf16|amx_bf16", info.read_text()))
-
-
-def patch_size(model, side):
-    """What divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others."""
-    name = re.fullmatch(r"vit_[a-z](\d+)", model)
-    return max(int(name[1]), 1) if name else 1 if "resne" in model and side <= 96 else 32
-
-
-def parse(script, parser, argv, options, text_of=lambda name: None):
-    """The arguments by a table such as OPTIONS; text_of: name -> what [default] says, or None.
-
-    Exits in one line that names the first option below its least number, or not a number.
-    """
-    for row in options:
-        if isinstance(row, str):
-            add = parser.add_argument_group(row).add_argument
-            continue
-        name, kind, default, _, effect = row
-        said = text_of(name.replace("-", "_")) or default
-        help = effect if said is None or said is False else f"{effect} [{said}]"
-        if kind is bool:
-            action = "store_true" if default is False else argparse.BooleanOptionalAction
-            add(f"--{name}", action=action, default=default, help=help)
-        elif kind == [float, float]:
-            add(f"--{name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
-        elif isinstance(kind, str):
-            add(f"--{name}", choices=kind.split(), default=default, help=help)
-        else:
-            add(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=help)
-    args = parser.parse_args(argv)
-    for name, _, _, least, _ in [row for row in options if not isinstance(row, str)]:
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None and least != "" and not value >= least:
-            sys.exit(f"{script}: --{name} {value} must be at least {least}")
-    return args
-
-
-def default_text(name):
-    """The defaults of an option that depend on the data and on the recipe, for its help line."""
-    by_kind = [str(v).strip("[]").replace(", ", " ") for v in DEFAULTS.get(name, ())]
-    while by_kind[-2:-1] == by_kind[-1:] != []:
-        by_kind.pop()
-    by_recipe = [f"{recipe} {said[name]}" for recipe, said in RECIPES.items() if name in said]
-    return "; ".join(filter(None, ["|".join(by_kind), ", ".join(by_recipe)]))
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="train.py [options], or over N GPUs torchrun --nproc_per_node=N train.py [options]",
-        description=f"[default], by data, the last goes on: {KINDS}; by recipe",
-        formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=33),
+        description="Defaults [in brackets]; three of them: for shapes, small images, larger ones.",
+        formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
     )
-    args = parse("train.py", parser, argv, OPTIONS, default_text)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="shapes", help="shapes, cifar10 ..., or a folder of train/ and val/")
+    add("--data-root", default="data", help="where torchvision's data sets are downloaded to")
+    add("--image-size", type=int, help="pixels [small images: theirs; 224]")
+    add("--augment", choices=["none", "crop", "color"], help="color: crop, and colours")
+    add("--global-views", type=int, default=2, help="crops: views of 0.3 to 1 of the image [2]")
+    add("--local-views", type=int, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
+    add("--local-size", type=int, help="crops: pixels of local views [0.43 of the image size]")
+    add("--workers", type=int, help="processes that load images; speed only [cores, at most 8]")
+    add = parser.add_argument_group("model").add_argument
+    add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
+    add("--model", help="vit_n8 ... vit_h14, resnet18 ... [vit_n8; vit_n4, vit_n8; vit_s16]")
+    add("--predictor", choices=["mlp", "transformer"], default="mlp", help="transformer: attends")
+    add("--predictor-size", type=int, default=4, help="mlp: width / encoder's; else blocks [4]")
+    add("--proj-dim", type=int, default=64, help="crops: width of the projection [64]")
+    add("--masks", choices=["blocks", "random"], default="blocks", help="random: scattered patches")
+    add("--masks-per", choices=["batch", "image"], help="one mask for the batch, or each image its")
+    add("--num-targets", type=int, default=2, help="target blocks of an image [2]")
+    add("--target-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="share of the image")
+    add("--min-context", type=float, default=0.35, help="least share for the context [0.35]")
+    add = parser.add_argument_group("loss").add_argument
+    add("--pred", choices=["relative", "mse"], help="relative: share of the variance unexplained")
+    add("--directions", choices=["one", "both"], help="both: the context from each target, too")
+    names = ["spectral", "legendre", "sketched", "none"]
+    add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
+    add("--sigreg-on", choices=["pooled", "tokens"], help="mean token of an image, or patch tokens")
+    add("--lam", type=float, help="SIGReg's weight [1; sketched 12.8 / samples, so 0.05 at 256]")
+    add("--targets", choices=["blocks", "full"], default="blocks", help="full: of the whole image")
+    add("--stop-grad", action="store_true", help="no gradient through the targets")
+    add("--ema", type=float, default=0.0, help="momentum of a teacher that makes the targets")
+    add("--slices", type=int, default=1024, help="random directions of sketched SIGReg [1024]")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch-size", type=int, default=256, help="images a step, over all ranks [256]")
+    add("--micro-batch", type=int, help="images a rank has in memory at once; exact all the same")
+    add("--epochs", type=int, help="passes over the data [5; 100; 300]")
+    add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
+    add("--lr", type=float, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
+    add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
+    add("--warmup-epochs", type=float, default=0.0, help="epochs in which the rate rises [0]")
+    add("--weight-decay", type=float, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
+    add("--seed", type=int, default=0, help="of all that is random [0]")
+    add = parser.add_argument_group("run").add_argument
+    add("--ckpt", default="ckpt.pt", help="written to, and continued from if it is there [ckpt.pt]")
+    add("--save-every", type=int, default=500, help="steps between checkpoints [500]")
+    add("--log-every", type=int, default=50, help="steps between lines of the log [50]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 [where it is faster]")
+    add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    args = parser.parse_args(argv)
+    check(args, parser)
+    return args
+
+
+def check_least(script, args, least):
+    """Exits in one line that names an option below its least number, or not a number."""
+    for number, names in least.items():
+        for name in names.split():
+            value, option = getattr(args, name), name.replace("_", "-")
+            if value is not None and not value >= number:
+                sys.exit(f"{script}: --{option} {value} must be at least {number}")
+    if args.seed >= 2**31:  # a step's seed is 1e5 times as large, and has 64 bits
+        sys.exit(f"{script}: --seed {args.seed} must be below 2^31")
+
+
+def check(args, parser):
+    """Exits in one line where options are out of range or do not go together."""
+    check_least("train.py", args, LEAST)
+    if not args.ckpt.endswith(".pt"):
+        sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
     if args.lr == 0 or args.min_context == 0 or args.ema >= 1:
         sys.exit("train.py: --lr and --min-context must be above 0, --ema below 1")
     for name in UNUSED[args.recipe].split():
@@ -1048,23 +960,74 @@ def parse_args(argv=None):
         args.directions = "one"
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
-    return args
+
+
+def fill_in(args, count, side, world):
+    """What the command line left open, for count images whose shorter side is `side` pixels.
+
+    Returns what was chosen; exits in one line where the batch cannot be.
+    """
+    shapes, chosen = args.data == "shapes", {}
+    kind = 0 if shapes else 1 if side <= 96 else 2
+    small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
+    chosen["model"] = "vit_s16" if kind == 2 else small
+    name = args.model or chosen["model"]
+    size = re.fullmatch(r"vit_([a-z])(\d+)", name)
+    chosen |= {name: choices[kind] for name, choices in DEFAULTS.items()} | RECIPES[args.recipe]
+    if shapes and size and model.SIZES.get(size[1], (0,))[0] >= 256:
+        # 256 pooled vectors of such a network cannot be white; its tokens, as of photographs, can
+        names = "masks_per target_scale pred directions sigreg_on"
+        chosen |= {name: DEFAULTS[name][2] for name in names.split()}
+    chosen["weight_decay"] = 5e-4 if "resne" in name else 0.05
+    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    # shapes are cheaper to draw than to send between processes
+    chosen["workers"] = 0 if shapes and args.recipe == "masked" else min(8, cores)
+    chosen["amp"] = args.device.startswith("cuda") or bfloat16_is_faster()
+    # what divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others
+    patch = int(size[2]) if size else 1 if "resne" in name and side <= 96 else 32
+    patch = max(patch, 1)
+    few = kind == 2 or patch < 32 and side // patch < 4  # patches for a mask: enlarge to 224
+    chosen["image_size"] = 224 // patch * patch if few else max(side // patch, 2) * patch
+    side = args.image_size or chosen["image_size"]
+    chosen["local_size"] = max(round(0.43 * side / patch), 1) * patch
+    unused = UNUSED[args.recipe].split()
+    chosen = {n: v for n, v in chosen.items() if getattr(args, n) is None and n not in unused}
+    vars(args).update(chosen)
+    if "lam" in chosen and args.sigreg == "sketched":  # its value grows with the sample
+        context = max((args.image_size // patch) ** 2 // 2, 1)  # about half of the patches
+        samples = args.batch_size * (context if args.sigreg_on == "tokens" else 1)
+        args.lam = chosen["lam"] = min(float(f"{0.05 * 256 / samples:.2g}"), 0.5)
+    if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
+        limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
+        sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
+    return chosen
+
+
+def bfloat16_is_faster():
+    """Whether it is, on this CPU: with AMX or AMD's AVX-512 units; Intel's take twice as long."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool(re.search("(?s)AMD.*avx512_bf16|amx_bf16", info.read_text()))
 
 
 def main(argv=None):
     args = parse_args(argv)
     with ranks("train.py", args.device) as (device, rank, world):
         if args.data == "shapes":  # drawn at the size that follows from the settings
+            about = "drawn here (--data FOLDER takes your own)"
             chosen = fill_in(args, 20_000, args.image_size or 32, world)
         with first_of_node():
-            train_set = open_data(args.data, args.data_root, "train", args.seed, args.image_size)
+            data = open_data(args.data, args.data_root, "train", args.seed, args.image_size)
         if args.data != "shapes":
-            chosen = fill_in(args, len(train_set), min(train_set[0][0].shape[:2]), world)
+            sides = sorted(min(size) for size in sizes_of(data))
+            middle = sides[len(sides) // 2]
+            about = f"shorter side {sides[0]} to {sides[-1]} px, median {middle} of {len(sides)}"
+            chosen = fill_in(args, len(data), middle, world)
+        args.images = fingerprint(data)
         if rank == 0:
-            said = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
-            data = f"{len(train_set):,} images of {args.data}, {world} x {device.type}"
-            print(f"train.py: {args.recipe} on {data}; chosen: {', '.join(said)}")
-        train(args, train_set, device, rank, world)
+            values = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
+            print(f"train.py: {args.recipe} on {len(data):,} images of {args.data}, {about}")
+            print(f"train.py: {world} x {device.type}; chosen: {', '.join(values)}")
+        train(args, data, device, rank, world)
 
 
 if __name__ == "__main__":
