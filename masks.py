@@ -1,6 +1,6 @@
 """Context and target masks of masked prediction, I-JEPA style (Assran et al. 2023).
 
-    python masks.py             # prints some masks of both kinds
+    context, targets = multi_block_masks(batch_size=256, grid=14)
 
 Masks are patch indices in raster order (row * width + column), int64, rectangular within the batch:
 
@@ -135,21 +135,3 @@ def random_masks(
     rest = order[:, min(pool, num_targets * size) :]
     length = max(round(_uniform(CONTEXT_SCALE, generator) * rest.shape[1]), 1)
     return rest[:, :length].sort().values, targets
-
-
-def main(grid=14, count=4):
-    """Prints some masks of both kinds: c is the context, 0, 1 .. are targets, nobody sees a dot."""
-    for make in (multi_block_masks, random_masks):
-        context, targets = make(
-            count, grid, 2, (0.2, 0.3), generator=torch.Generator().manual_seed(0)
-        )
-        print(f"{make.__name__}: context {tuple(context.shape)}, targets {tuple(targets.shape)}")
-        pictures = torch.full((count, grid * grid), ord("."))
-        for letter, patches in zip("c01", [context, *targets.unbind(1)], strict=True):
-            pictures.scatter_(1, patches, ord(letter))
-        for rows in pictures.view(count, grid, grid).unbind(1):
-            print("   ".join("".join(map(chr, row)) for row in rows.tolist()))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,19 +8,16 @@ Two documents call two different things SIGReg. Both are here, with one relative
     legendre   source A before its scale is dropped: KL of the batch's Gaussian fit from N(0, I)
     sketched   source B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
 
-The file opens with each of them as it stands on paper, `*_sigreg_plain`: one process, float64, to
-read and to copy. `spectral_sigreg`, `legendre_sigreg` and `sketched_sigreg` below compute the same
-numbers over all ranks of torch.distributed, and stay finite for degenerate batches.
+`*_sigreg_plain` is each of them as it stands on paper, in one process and float64, to read and to
+copy. `*_sigreg` is the same number over all ranks of torch.distributed, finite for any batch.
 
-All of them want more rows than dimensions, N > D. A smaller sample cannot be white: spectral then
-stays above log(D / (N - 1)) and legendre above 0 (2.6 for 256 rows of 768 numbers).
-
-Values and gradients are the same inside torch.autocast as outside. torch.compile takes every loss
-(random_directions are drawn outside); torch.func.grad and vmap take all but sketched_sigreg, whose
-plain form they take.
+All want more rows than dimensions, N > D: no smaller sample can be white, so spectral then stays
+above log(D / (N - 1)) and legendre above 0 (2.6 for 256 rows of 768 numbers). Inside torch.autocast
+values and gradients are those outside. torch.compile takes every loss, func.grad and vmap all but
+sketched_sigreg, whose plain form they take.
 
 N rows of D numbers; M slices, T knots; B images, V views; K target blocks of Nt patches, a context
-of Nc patches; P patches in the whole image. This file needs torch alone.
+of Nc; P patches in the whole image. This file needs torch alone.
 """
 
 import itertools
@@ -432,17 +429,17 @@ def benchmark(device, rounds=5):
     pairs += [(sketched_sigreg, sketched_sigreg_plain)]
     for forms, (n, dim) in itertools.product(pairs, [(256, 128), (2048, 128), (2048, 768)]):
         z = torch.randn(n, dim, device=device, requires_grad=True)
-        a = random_directions(dim, 1024, seed=0, device=device)
-        sketched = (a,) if forms[0] is sketched_sigreg else ()
-        ms = torch.empty(rounds + 1, 3)
+        a = random_directions(dim, 1024, seed=0, device=z.device)
+        more = (a,) if forms[0] is sketched_sigreg else ()
+        ms = torch.empty(rounds + 1, 3)  # interleaved; the first round warms up
         for turn, i in itertools.product(range(rounds + 1), range(3)):
             start = time.perf_counter()
-            value = forms[i](z, *sketched) if i < 2 else (z @ a).square().mean()
+            value = forms[i](z, *more) if i < 2 else (z @ a).square().mean()
             torch.autograd.grad(value, z)[0].sum().item()  # waits for the GPU
             ms[turn, i] = 1e3 * (time.perf_counter() - start)
-        it, plain, product = ms[1:].median(0).values.tolist()  # the first turn warms up
-        times = f"{it:10.1f}{plain / it:12.1f}{it / product:14.1f}"
-        print(f"{forms[0].__name__[:8]:11}{n:5}{dim:5}{times}")
+        it, plain, product = ms[1:].median(0).values.tolist()
+        row = f"{it:10.1f}{plain / it:12.1f}{it / product:14.1f}"
+        print(f"{forms[0].__name__[:8]:11}{n:5}{dim:5}{row}")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,14 @@
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
     torchrun --nproc_per_node=8 train.py --data imagenet --model vit_b16 --batch-size 4096
 
-There are two recipes. `--recipe masked` (source A, the default) hides blocks of the image from the
-encoder and predicts their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several
-crops of an image and draws their projections together.
+`--recipe masked` (source A, the default) hides blocks of the image from the encoder and predicts
+their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several crops of an image and
+draws their projections together. The loop comes first, then what it is made of, in order of use.
 
-The loop comes first; then what it is made of, in the order of use; then data, checkpoints and the
-command line. The same command again continues from its checkpoint. ckpt.jsonl holds the command
-line, then a JSON object for each logged step.
-
-Everything random is a function of the seed and of the step, the epoch or the image's number. So a
-resumed run repeats the uninterrupted one, and the number of ranks changes nothing but rounding:
-batch, masks and SIGReg's statistic are those of all ranks together. Two exceptions: batch norm
-spans the ranks on GPUs only, and each rank draws its own stochastic depth.
+The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
+object for each logged step. Everything random is a function of the seed and of the step, the epoch
+or the image's number: a resumed run repeats the uninterrupted one, and the number of ranks changes
+rounding only. (Batch norm spans the ranks on GPUs alone; each draws its own stochastic depth.)
 
 B is the number of images of this rank; model.py explains the other symbols.
 """
@@ -307,7 +303,7 @@ class Log:
         path = Path(args.ckpt).with_suffix(".jsonl")
         self.args, self.last, self.logged = args, last, first or 0
         try:
-            self.file = path.open("a+")
+            self.file = path.open("a+", buffering=1)  # line by line
         except OSError as error:
             sys.exit(f"train.py: cannot write {path}: {error.strerror}")
         try:
@@ -326,7 +322,6 @@ class Log:
         header = json.dumps({"command": " ".join(sys.argv), "args": vars(args)}) + "\n"
         self.file.truncate(0)
         self.file.writelines(kept or [header])
-        self.file.flush()
         self.start, self.waited = time.perf_counter(), 0.0
 
     def write(self, step, epoch, measured, rate, waited):
@@ -337,7 +332,6 @@ class Log:
         row["images_per_s"] = round((step - self.logged) * images / seconds, 3)
         self.start, self.waited, self.logged = time.perf_counter(), waited, step
         self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
         numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
         eta = datetime.timedelta(seconds=(self.last - step) * images // row["images_per_s"])
         print("  ".join([f"step {step}/{self.last}", *numbers, f"eta {eta}"]), flush=True)
@@ -743,11 +737,8 @@ def hold(data, sizes, workers, device):
 
 
 class OneAhead:
-    """A loader's batches, each handed out after the next was loaded.
-
-    So an image that cannot be read ends the iteration one batch later, with the exception in
-    .error: all ranks have time to save. .waited: seconds spent waiting for the loader.
-    """
+    """A loader's batches, each handed out when the next is there. An image that cannot be read thus
+    ends them early, with the exception in .error: all ranks can save. .waited: seconds of it."""
 
     def __init__(self, loader):
         self.loader, self.error, self.waited = loader, None, 0.0
@@ -996,7 +987,9 @@ def fill_in(args, count, side, world):
     if "lam" in chosen and args.sigreg == "sketched":  # its value grows with the sample
         context = max((args.image_size // patch) ** 2 // 2, 1)  # about half of the patches
         samples = args.batch_size * (context if args.sigreg_on == "tokens" else 1)
-        args.lam = chosen["lam"] = min(float(f"{0.05 * 256 / samples:.2g}"), 0.5)
+        # the paper's 0.05 at 256 images, the batch of the authors' minimal example
+        args.lam = min(float(f"{0.05 * 256 / samples:.2g}"), 0.5)
+        chosen["lam"] = f"{args.lam} (12.8 / {samples} samples)"
     if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
         limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
