@@ -239,6 +239,7 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     if more:
         four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
         result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
+        result["linear4_how"] = f"last {options.blocks} blocks; {four['linear_how']}"
     how = f"of {data[0].shape[1]}: effective rank of the validation features"
     return result | {"erank": round(erank, 2), "erank_how": how}
 
@@ -496,16 +497,14 @@ def open_splits(data, root, seed, size):
 def show(about, result, options):
     """The header, with what all numbers share, and a line for each number."""
     features = {"avg": "mean patch token", "cls": "CLS", "both": "mean patch token and CLS"}
-    features = "16 x 16 pixels" if options.pixels else features[options.pool]
+    blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
+    features = "16 x 16 pixels" if options.pixels else f"{features[options.pool]}, {blocks}"
     counts = f"{about['train']:,} training, {about['val']:,} validation images"
     precision = "bfloat16" if options.amp else "float32"
     print(f"{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end="")
     print(f"{about['image_size']} px; {features}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
-        blocks = options.blocks if name == "linear4" else options.layers
-        of = "" if options.pixels or name == "finetune" else f"{blocks} blocks"
-        of = of.replace("1 blocks", "last block")
-        print(f"  {name:10}{result[name]:8.2f}  {of:11} {result[f'{name}_how']}")
+        print(f"  {name:10}{result[name]:8.2f}   {result[f'{name}_how']}")
 
 
 def run(encoder, data, sources, size, step, options, device):

@@ -1,6 +1,7 @@
 """SIGReg: the regularizers and the two losses of LeJEPA.
 
-    python sigreg.py            # times every regularizer on the CPU, and on a GPU if there is one
+    loss = SIGReg("sketched", seed=step)(z)                          # z (N, D) -> scalar
+    loss, pred, reg = multi_view_loss(z, 2, 0.05, SIGReg("sketched", seed=step))    # z (V, B, D)
 
 Two documents call two different things SIGReg. Both are here, with one relative of the first:
 
@@ -20,9 +21,7 @@ N rows of D numbers; M slices, T knots; B images, V views; K target blocks of Nt
 of Nc; P patches in the whole image. This file needs torch alone.
 """
 
-import itertools
 import math
-import time
 
 import torch
 import torch.distributed as dist
@@ -114,11 +113,12 @@ def masked_loss(z_context, z_target, z_pred, z_back=None, *, masks, lam, regular
     if on not in ("pooled", "tokens"):
         raise ValueError(f"sigreg.py: on must be pooled or tokens, got {on!r}")
     context, target = z_context[:, 1:], z_target[:, :, 1:]
-    at_context, at_targets, num_patches = masks or (None, None, None)
-    c, t = centre(context, at_context, num_patches), centre(target, at_targets, num_patches)
-    samples = [c.flatten(0, 1), t.flatten(0, 2)]
-    if on == "pooled":
-        samples = [mean_token(z_context, z_target)]
+    if relative or on == "tokens":
+        at_context, at_targets, num_patches = masks or (None, None, None)
+        c, t = centre(context, at_context, num_patches), centre(target, at_targets, num_patches)
+    samples = [mean_token(z_context, z_target)]
+    if on == "tokens":
+        samples = [c.flatten(0, 1), t.flatten(0, 2)]
     reg = sum(regularizer(z) for z in samples) / len(samples)
     context, target = (c, t) if relative else (context, target)
     pred = prediction_loss(z_pred, target, relative)
@@ -418,30 +418,3 @@ def sketched_sigreg(z, directions, knots=17, t_max=3.0):
         raise ValueError(f"sigreg.py: directions must be ({z.shape[1]}, M), knots >= 2; {got}")
     with torch.autocast(z.device.type, enabled=False):
         return _Sketched.apply(wide(z), directions.to(wide(z)), knots, t_max)
-
-
-# ------------------------------------------------------------------------------------- benchmark
-def benchmark(device, rounds=5):
-    """Times each regularizer, its plain form and the product (N, D) x (D, M), with gradients."""
-    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, M = 1024")
-    print("regularizer    N    D        ms  plain / it  it / product")
-    pairs = [(spectral_sigreg, spectral_sigreg_plain), (legendre_sigreg, legendre_sigreg_plain)]
-    pairs += [(sketched_sigreg, sketched_sigreg_plain)]
-    for forms, (n, dim) in itertools.product(pairs, [(256, 128), (2048, 128), (2048, 768)]):
-        z = torch.randn(n, dim, device=device, requires_grad=True)
-        a = random_directions(dim, 1024, seed=0, device=z.device)
-        more = (a,) if forms[0] is sketched_sigreg else ()
-        ms = torch.empty(rounds + 1, 3)  # interleaved; the first round warms up
-        for turn, i in itertools.product(range(rounds + 1), range(3)):
-            start = time.perf_counter()
-            value = forms[i](z, *more) if i < 2 else (z @ a).square().mean()
-            torch.autograd.grad(value, z)[0].sum().item()  # waits for the GPU
-            ms[turn, i] = 1e3 * (time.perf_counter() - start)
-        it, plain, product = ms[1:].median(0).values.tolist()
-        row = f"{it:10.1f}{plain / it:12.1f}{it / product:14.1f}"
-        print(f"{forms[0].__name__[:8]:11}{n:5}{dim:5}{row}")
-
-
-if __name__ == "__main__":
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        benchmark(device)

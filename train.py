@@ -550,10 +550,7 @@ def sizes_of(data, count=64):
 
 
 def fingerprint(data):
-    """Number of images, and for files a hash of their names below the folder: one for all ranks.
-
-    Exits where a rank holds others than rank 0.
-    """
+    """Number of images, and a hash of the files' names; exits where ranks have different ones."""
     names = [path[len(str(data.root)) :] for path, _ in getattr(data, "samples", ())]
     mine = f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
     every = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -724,9 +721,7 @@ def load(args, train_set, first, last, share, device):
 
 
 def hold(data, sizes, workers, device):
-    """All images, uint8 (N, 3, H, W), on the device; None if they differ in size or are large.
-
-    sizes: (height, width) of some of them."""
+    """All images, uint8 (N, 3, H, W), on the device; None if they are large or differ in size."""
     if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * 96**2 > 2**33:
         return None
     parts = read(data, workers, batch_size=500, collate_fn=list)
@@ -803,8 +798,7 @@ def load_checkpoint(path, parts=PARTS):
 def resume(script, path, parts, settings, last, rank, world):
     """The step of the checkpoint, whose state is put into `parts`; None where there is none.
 
-    Rank 0 reads it and sends it to all. Exits where its folder does not exist, and where it was
-    made with other settings.
+    Rank 0 reads it and sends it to all. Exits without its folder, and where settings differ.
     """
     if not path.absolute().parent.is_dir():
         sys.exit(f"{script}: --ckpt {path}: no such folder {path.absolute().parent}")
