@@ -5,6 +5,7 @@ terms, 1e-5 is float32's; others say why.
 """
 
 import ast
+import csv
 import io
 import itertools
 import json
@@ -2014,3 +2015,29 @@ def test_help_fits_a_screen(script):
     command = [sys.executable, str(HERE / script), "--help"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) <= 100
+
+
+def test_readmes_loss_code_is_the_code():
+    """A fenced function of README equals the one in sigreg.py, less its docstring and comments."""
+    blocks = re.findall(r"```python\n(def .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    found = {
+        node.name: node
+        for node in ast.parse((HERE / "sigreg.py").read_text()).body
+        if hasattr(node, "name")
+    }
+    assert len(blocks) == 2
+    for block in blocks:
+        (shown,) = ast.parse(block).body
+        real = found[shown.name]
+        real.body = real.body[1:]
+        assert ast.dump(shown) == ast.dump(real), shown.name
+
+
+def test_readme_and_results_agree_with_the_table():
+    """Every a / b / c of README and RESULTS is a row of assets/results.csv."""
+    with (HERE / "assets" / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["last4"]]
+    known = {f"{row['knn']} / {row['last']} / {row['last4']}" for row in rows}
+    for name in ("README.md", "RESULTS.md"):
+        shown = re.findall(r"\d\d?\.\d / \d\d\.\d / \d\d\.\d", (HERE / name).read_text())
+        assert {*shown} <= known, {*shown} - known
