@@ -60,7 +60,12 @@ def init_weights(module):
 
 
 def gather_tokens(x, indices):
-    """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]]."""
+    """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]].
+
+    ValueError for indices of another number of images: one mask for the batch wants .expand.
+    """
+    if indices.shape[0] != x.shape[0]:
+        raise ValueError(f"model.py: masks of {indices.shape[0]} images for {x.shape[0]} images")
     rows = indices.flatten(1)[..., None].expand(-1, -1, x.shape[2])
     return x.gather(1, rows).unflatten(1, indices.shape[1:])
 
@@ -244,10 +249,16 @@ def in_pieces(function, at_once, *tensors):
 class Masked(nn.Module):
     """Source A: encode the context, encode the targets, predict the targets from the context.
 
-    forward takes views, two of (B, 3, S, S): the same crop of each image, in colours of its own
+    forward takes views, two of (B, 3, S, S): one crop of each image, the second in other colours
     where colours change; context (B, Nc) and targets (B, K, Nt), from masks.py. It returns what
     sigreg.masked_loss sees: z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred
     (B, K, Nt, D), and with both_directions z_back (B, K, Nc, D), the context from each target.
+    In a loop of your own, with the recipe's settings and one mask for the batch:
+
+        context, targets = multi_block_masks(1, encoder.grid, 2, (0.2, 0.3), 0.35)
+        z = net([x, x_recoloured], context.expand(B, -1), targets.expand(B, -1, -1))
+        loss, pred, reg = masked_loss(
+            *z, masks=None, lam=1.0, regularizer=SIGReg("legendre"), relative=True, on="tokens")
 
     The targets come from the same encoder, with their gradient. For comparison, stop_grad takes
     the gradient away, teacher is another encoder for them, and whole_targets takes them from the

@@ -329,7 +329,7 @@ def tune(net, train_set, size, options, settings, path):
     first = train.resume("probe.py", path, parts, settings, last, rank, world) or 0
     crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
     mine = torch.arange(batch).tensor_split(world)[rank]
-    keys = train.batches(len(train_set), batch, first, last, options.seed, mine)
+    keys = train.batch_keys(len(train_set), batch, first, last, options.seed, mine)
     pinned = {"pin_memory": device.type == "cuda"}
     loader = train.read(crops, options.workers, batch_sampler=keys, **pinned)
     classify = train.parallel(net, options, device)
@@ -486,8 +486,7 @@ def load_encoder(options, checkpoint):
 
 def open_splits(data, root, seed, size):
     """Training and validation split of one data set, with the same classes."""
-    with train.first_of_node():
-        sources = [train.open_data(data, root, split, seed, size) for split in ("train", "val")]
+    sources = [train.open_data(data, root, split, seed, size) for split in ("train", "val")]
     one, two = (set(getattr(source, "classes", ())) for source in sources)
     if one != two:
         sys.exit(f"probe.py: of the splits of {data}, class {min(one ^ two)} is in one alone")

@@ -10,12 +10,12 @@ Two documents call two different things SIGReg. Both are here, with one relative
     sketched   source B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
 
 `*_sigreg_plain` is each of them as it stands on paper, in one process and float64, to read and to
-copy. `*_sigreg` is the same number over all ranks of torch.distributed, finite for any batch.
+copy. `*_sigreg` is the same number over all ranks, finite also for identical rows and N = 1.
 
-All want more rows than dimensions, N > D: no smaller sample can be white, so spectral then stays
-above log(D / (N - 1)) and legendre above 0 (2.6 for 256 rows of 768 numbers). Inside torch.autocast
-values and gradients are those outside. torch.compile takes every loss, func.grad and vmap all but
-sketched_sigreg, whose plain form they take.
+All want more rows than dimensions, N > D. A smaller sample cannot be white: spectral is then at
+least log(D / (N - 1)), and legendre above 0 (2.6 for 256 rows of 768 numbers). Values and gradients
+are the same inside torch.autocast as outside. torch.compile takes every loss. torch.func.grad and
+vmap take all but sketched_sigreg; its plain form they do.
 
 N rows of D numbers; M slices, T knots; B images, V views; K target blocks of Nt patches, a context
 of Nc; P patches in the whole image. This file needs torch alone.
@@ -96,18 +96,19 @@ def quadrature(knots, t_max, like):
 def masked_loss(z_context, z_target, z_pred, z_back=None, *, masks, lam, regularizer, relative, on):
     """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(embeddings of the batch)
 
-        c, t   = centre(z_context), centre(z_target)          each token less the mean of its place
-        pred   = mean (z_pred - z_target)^2           or relative: sum |z_pred - t|^2 / sum |t|^2
-        SIGReg = of each image's mean token           or on tokens: (SIGReg(c) + SIGReg(t)) / 2
+        x, y   = z_context, z_target without CLS
+        c, t   = centre(x), centre(y)                   each token less the mean of its place
+        pred   = mean |z_pred - y|^2                    or relative:  sum |z_pred - t|^2 / sum |t|^2
+        SIGReg = that of each image's mean token        or on tokens: (SIGReg(c) + SIGReg(t)) / 2
 
-    z_context (B, 1 + Nc, D) and z_target (B, K, 1 + Nt, D) are encoded tokens, CLS first, z_pred
-    (B, K, Nt, D) the predicted targets. With z_back (B, K, Nc, D), the context predicted from each
-    target, pred is the mean of both directions. CLS enters the mean token alone: nobody predicts
-    it, and it could carry the spread.
+    z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
+    (B, K, Nt, D): the predicted targets. z_back (B, K, Nc, D): the context, predicted from each
+    target; pred is then the mean of both directions. CLS enters the mean token alone: nobody
+    predicts it, and it could carry the spread.
 
-    masks: (context (B, Nc), targets (B, K, Nt), P), patch indices below P; None says that all
-    images have one mask, so that an index is a place. regularizer: (N, D) -> scalar, such as a
-    SIGReg. on: pooled or tokens, else ValueError. Source A to the letter is spectral, pooled, not
+    masks: (context (B, Nc), targets (B, K, Nt), P), patch indices below P; or None if all images,
+    on all ranks, have one mask, so that an index is a place. regularizer: (N, D) -> scalar, such as
+    a SIGReg. on: pooled or tokens, else ValueError. Source A to the letter is spectral, pooled, not
     relative, without z_back. Gradients flow through everything. Returns loss, pred, SIGReg.
     """
     if on not in ("pooled", "tokens"):
@@ -165,7 +166,7 @@ class SIGReg:
         if self.name == "none":
             return z.new_zeros(())
         if self.name != "sketched":
-            return spectral_sigreg(z) if self.name == "spectral" else legendre_sigreg(z)
+            return {"spectral": spectral_sigreg, "legendre": legendre_sigreg}[self.name](z)
         if self.directions is None:
             self.directions = random_directions(z.shape[1], self.num_slices, self.seed, z.device)
         return sketched_sigreg(z, self.directions)

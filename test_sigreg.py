@@ -1372,7 +1372,7 @@ def test_a_broken_image_loses_no_step(tmp_path, monkeypatch, workers):
     flags = [*TINY, "--batch-size", "4", "--model", "vit_n32", "--image-size", "96", "--workers"]
     flags += [workers, "--save-every", "100", "--data"]
     args = train.parse_args([*map(str, flags), "photos"])
-    order = [key for batch in train.batches(32, 4, 0, 8, 0, torch.arange(4)) for key in batch]
+    order = [key for batch in train.batch_keys(32, 4, 0, 8, 0, torch.arange(4)) for key in batch]
     _, last = order[5 * 4 + 1]  # read for the sixth step
     data = train.open_data(args.data, "", "train")
     bad = Path(data.samples[last][0])
@@ -1548,17 +1548,17 @@ def test_masks_of_the_batch_are_one_and_of_the_images_many():
 
 def test_batches_cover_an_epoch_over_ranks():
     rows = torch.arange(6).tensor_split(4)  # 2, 2, 1, 1
-    shares = [list(train.batches(23, 6, 0, 6, 0, part)) for part in rows]
+    shares = [list(train.batch_keys(23, 6, 0, 6, 0, part)) for part in rows]
     assert [len(share[0]) for share in shares] == [2, 2, 1, 1]
     for epoch in (0, 1):
         steps = [step for share in shares for step in share[3 * epoch : 3 * epoch + 3]]
         seen = [key for step in steps for key in step]
         assert len(set(seen)) == 18 and {e for e, _ in seen} == {epoch}
-    assert list(train.batches(23, 6, 4, 6, 0, rows[1])) == shares[1][4:]
-    whole = list(train.batches(23, 6, 0, 6, 0, torch.arange(6)))
+    assert list(train.batch_keys(23, 6, 4, 6, 0, rows[1])) == shares[1][4:]
+    whole = list(train.batch_keys(23, 6, 0, 6, 0, torch.arange(6)))
     assert whole == [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
-    orders = [train.batches(23, 6, 0, 3, 0, rows[0]), train.batches(23, 6, 3, 6, 0, rows[0])]
-    orders.append(train.batches(23, 6, 0, 3, 1, rows[0]))  # by epoch, and by seed
+    orders = [train.batch_keys(23, 6, 0, 3, 0, rows[0]), train.batch_keys(23, 6, 3, 6, 0, rows[0])]
+    orders.append(train.batch_keys(23, 6, 0, 3, 1, rows[0]))  # by epoch, and by seed
     orders = [tuple(i for step in steps for _, i in step) for steps in orders]
     assert len({*orders}) == 3
 
@@ -1576,7 +1576,7 @@ def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
     args, data = filled(flags), train.Shapes(32)
     loader, found = train.load(args, data, 1, 2, torch.arange(32), CPU)
     assert found == kinds
-    (keys,), (batch,) = train.batches(600, 32, 1, 2, 0, torch.arange(32)), next(iter(loader))
+    (keys,), (batch,) = train.batch_keys(600, 32, 1, 2, 0, torch.arange(32)), next(iter(loader))
     wanted = torch.stack([torch.from_numpy(data[i][0]).permute(2, 0, 1) for _, i in keys])
     assert torch.equal(batch if kinds else batch[:, 0], wanted)
 
@@ -1601,7 +1601,7 @@ def test_loaded_batches_are_whole_and_in_order(tmp_path, monkeypatch):
     data = train.open_data(args.data, "", "train")
     loader, kinds = train.load(args, data, 0, 2, mine, CPU)
     images = train.Images(data, 40, [(1, 40, 0.3, 1)], args.seed)
-    steps = train.batches(len(data), 37, 0, 2, args.seed, mine)
+    steps = train.batch_keys(len(data), 37, 0, 2, args.seed, mine)
     for (views,), keys in zip(loader, steps, strict=True):  # 37 images: three messages
         assert torch.equal(views, torch.stack([images[key][0][0] for key in keys]))
     assert kinds == ()

@@ -1,6 +1,6 @@
 """Train LeJEPA: one encoder, one loss, prediction + SIGReg; no teacher, no stop-gradient.
 
-    python train.py                                         # images drawn here: 1 to 2 minutes
+    python train.py                                         # images made here: 1 to 2 minutes
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data photos                           # a folder: photos/train/<class>/*.jpg
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
@@ -8,14 +8,15 @@
 
 `--recipe masked` (source A, the default) hides blocks of the image from the encoder and predicts
 their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several crops of an image and
-draws their projections together. The loop comes first, then what it is made of, in order of use.
+pulls their projections together. The loop comes first, then its helpers: steps, data, checkpoints,
+command line. (--ema and --stop-grad are there for comparison.)
 
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
 or the image's number: a resumed run repeats the uninterrupted one, and the number of ranks changes
-rounding only. (Batch norm spans the ranks on GPUs alone; each draws its own stochastic depth.)
+rounding only, with two exceptions: on CPUs batch norm is each rank's, and so is stochastic depth.
 
-B is the number of images of this rank; model.py explains the other symbols.
+B is the number of images of this rank; sigreg.py lists the other symbols.
 """
 
 import argparse
@@ -54,41 +55,42 @@ from masks import multi_block_masks, random_masks
 # ---------------------------------------------------------------------------------------- the loop
 def train(args, data, device, rank, world):
     """draw -> forward -> loss -> backward -> step -> log -> save, from the checkpoint's step on."""
-    net, parts = build(args, device)
+    net, parts = build(args, device)  # the same modules: net is called, parts are saved
     encoder, optimizer, teacher = parts["encoder"], parts["optimizer"], parts.get("teacher")
     per_epoch = len(data) // args.batch_size
-    last, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    first, log = start(args, parts, last, rank, world)
-    if first >= last:
+    total, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
+    done, log = start(args, parts, total, rank, world)  # done: steps of the checkpoint
+    if done >= total:
         return
-    mine = torch.arange(args.batch_size).tensor_split(world)[rank]  # rows of each global batch
-    loader, crops = load(args, data, first, last, mine, device)
-    batches, net, caught = OneAhead(loader), parallel(net, args, device), catch_signals()
-    follow, grid = get_ema_multi_avg_fn(args.ema), getattr(encoder, "grid", None)
+    rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
+    loader, crops_left = load(args, data, done, total, rows, device)
+    batches, caught = OneAhead(loader), catch_signals()
+    net, grid = parallel(net, args, device), getattr(encoder, "grid", None)
+    update_teacher = get_ema_multi_avg_fn(args.ema)
     healthy = torch.ones((), dtype=torch.bool, device=device)
-    for step, images in enumerate(batches, first + 1):
+    for step, images in enumerate(batches, done + 1):
         seed = args.seed * 100_003 + step
-        views, masks = draw(args, images, crops, mine, grid, seed)
-        torch.manual_seed(seed * world + rank)  # for stochastic depth
+        views, masks = draw(args, images, crops_left, rows, grid, seed)
+        torch.manual_seed(seed * world + rank)  # for dropout and stochastic depth in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             embeddings = net(views, *masks)
         regularizer = sigreg.SIGReg(args.sigreg, args.slices, seed)
         loss, pred, reg = loss_of(args, embeddings, masks, encoder, regularizer)
-        loss.backward()
+        loss.backward()  # every rank has the global batch's loss: see sigreg.py
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, last, args.lr, warmup, args.schedule)
+            group["lr"] = learning_rate(step, total, args.lr, warmup, args.schedule)
         optimizer.step()
         optimizer.zero_grad()
-        if teacher:
-            follow(list(teacher.parameters()), list(encoder.parameters()), None)
-        healthy &= loss.detach().isfinite()  # on the GPU still: reading it would wait
-        stop = on_any_rank(caught or batches.error, world)
-        log_now = step % args.log_every == 0 or step == last
-        save_now = step % args.save_every == 0 or step == last or stop
-        if log_now or save_now:
+        if teacher:  # --ema, for comparison with I-JEPA
+            update_teacher(list(teacher.parameters()), list(encoder.parameters()), None)
+        healthy &= loss.detach().isfinite()  # stays on the GPU: to read it is to wait for it
+        stop = on_any_rank(caught or batches.error, world)  # a signal, or an unreadable image
+        log_now = step % args.log_every == 0 or step == total
+        save_now = step % args.save_every == 0 or step == total or stop
+        if log_now or save_now:  # no bad step overwrites a good checkpoint
             check_health(healthy, net, step, args.ckpt)
         if log_now:
-            measured = diagnostics(args, embeddings, loss, pred, reg)  # all ranks take part
+            measured = diagnostics(args, embeddings, loss, pred, reg)  # over all ranks
             if rank == 0:
                 rate = optimizer.param_groups[0]["lr"]
                 log.write(step, (step - 1) // per_epoch, measured, rate, batches.waited)
@@ -96,7 +98,7 @@ def train(args, data, device, rank, world):
             save(parts, {"step": step, "args": vars(args)}, args.ckpt, "train.py")
         if stop:
             break
-    finish(step, last, stop, batches.error, args.ckpt, rank, world)
+    finish(step, total, batches.error, args.ckpt, rank, world)
 
 
 # ----------------------------------------------------- what the loop is made of, in order of use
@@ -159,33 +161,33 @@ def draw_masks(args, grid, count, generator=None):
     return make(count, grid, *sizes, generator=generator)
 
 
-def draw(args, batch, crops, mine, grid, seed):
+def draw(args, batch, crops_left, rows, grid, seed):
     """Views and masks of a step: a function of its seed and of the images.
 
-    batch: what `load` gives of this rank's B images, a list of uint8 tensors: global crops
-    (B, G, 3, S, S), then local ones (B, L, 3, s, s) if any; or small images as they are,
-    (B, 3, H, W), with crops: (count, size, least and most share of the image) of each kind to take.
-    mine (B,): their rows in the global batch. Every rank draws for the whole batch and takes its
-    rows, so any number of ranks sees the same. grid: patches a side, for masks. Returns
+    batch: this rank's B images, a list of uint8 tensors on the device. Either they are cropped:
+    G global crops (B, G, 3, S, S), then L local ones (B, L, 3, s, s) if any; or they are whole,
+    (B, 3, H, W), and crops_left lists what to crop: (count, size, least and most share of the
+    image) of each kind. rows (B,): their places in the global batch. Every rank samples for the
+    whole batch and takes its rows, so that any number of ranks sees the same. grid: patches a side.
 
-    views: G + L of (B, 3, size, size), normalised; with masks two, for context and targets;
-    masks: (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
+    Returns views, G + L of (B, 3, size, size), normalised, of the masked recipe two, for context
+    and targets; and masks, (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
     device, count, masks = batch[0].device, args.batch_size, ()
     generator = torch.Generator().manual_seed(seed)
     crop, recolor = (compiled(f) if args.compile else f for f in (resized_crop, photometric))
     images, views = [part / 255 for part in batch], []
-    for number, size, *scale in crops:
-        draws = torch.rand(number, count, 23, generator=generator)[:, mine]
+    for number, size, *scale in crops_left:
+        draws = torch.rand(number, count, 23, generator=generator)[:, rows]
         views += [crop(images[0], send(u, device), size, scale) for u in draws]
     views = views or [view for part in images for view in part.unbind(1)]
     if args.recipe == "masked":
         masks = draw_masks(args, grid, count if args.masks_per == "image" else 1, generator)
-        masks = [send(m[mine % len(m)], device) for m in masks]
+        masks = [send(m[rows % len(m)], device) for m in masks]
         views = [*views, *views]
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops alone
         more = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
-        draws = send(torch.rand(len(views), count, 9, generator=generator)[:, mine], device)
+        draws = send(torch.rand(len(views), count, 9, generator=generator)[:, rows], device)
         tables = constant("luma", device), constant("hue", device)
         views = [recolor(x, u, *tables, *more) for x, u in zip(views, draws, strict=True)]
     return [normalize(view) for view in views], masks
@@ -217,11 +219,11 @@ def check_choice(what, value, choices):
         raise ValueError(f"train.py: {what} must be one of {choices}, got {value!r}")
 
 
-def learning_rate(step, last, lr, warmup=0, schedule="constant"):
-    """Rate of step 1 .. last: lr, a linear rise over `warmup` steps, then `schedule`."""
+def learning_rate(step, total, lr, warmup=0, schedule="constant"):
+    """Rate of step 1 .. total: lr, a linear rise over `warmup` steps, then `schedule`."""
     check_choice("schedule", schedule, "constant cosine")
     rise = min(step / warmup, 1) if warmup else 1
-    progress = max(step - warmup, 0) / max(last - warmup, 1)
+    progress = max(step - warmup, 0) / max(total - warmup, 1)
     return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
 
 
@@ -241,23 +243,24 @@ def catch_signals():
     return caught
 
 
-def on_any_rank(mine, world):
-    """Whether `mine` is true on any rank; all ranks call it."""
-    flag = torch.tensor(int(bool(mine)))
+def on_any_rank(happened, world):
+    """Whether it happened on any rank; all ranks call it, in every step."""
+    flag = torch.tensor(int(bool(happened)))
     if world > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
-def start(args, parts, last, rank, world):
-    """The step to go on from, and rank 0's log. A new run claims its path by a checkpoint."""
-    first, log = resume("train.py", Path(args.ckpt), parts, vars(args), last, rank, world), None
-    if rank == 0 and (first or 0) < last:
+def start(args, parts, total, rank, world):
+    """How many steps the checkpoint has done, and rank 0's log. A new run writes a checkpoint of
+    step 0, so that no other run takes its path."""
+    done, log = resume("train.py", Path(args.ckpt), parts, vars(args), total, rank, world), None
+    if rank == 0 and (done or 0) < total:
         warn_of_small_sample(args, parts["encoder"])
-        log = Log(args, first, last)
-        if first is None:
+        log = Log(args, done, total)
+        if done is None:
             save(parts, {"step": 0, "args": vars(args)}, args.ckpt, "train.py")
-    return first or 0, log
+    return done or 0, log
 
 
 def warn_of_small_sample(args, encoder):
@@ -273,9 +276,10 @@ def warn_of_small_sample(args, encoder):
 
 
 def check_health(healthy, net, step, ckpt):
-    """Ends the run if a loss was non-finite or a weight is, as a finite loss can make one."""
+    """Ends the run if any loss was not finite, or any weight is not: a finite loss can do that."""
     if not healthy or not all(p.isfinite().all() for p in net.parameters()):
-        sys.exit(f"train.py: loss or weight non-finite by step {step}: lower --lr; {ckpt} is whole")
+        again = f"begin again with a lower --lr and another --ckpt; {ckpt} has the last good step"
+        sys.exit(f"train.py: loss or weight non-finite by step {step}: {again}")
 
 
 @torch.no_grad()
@@ -295,13 +299,13 @@ def diagnostics(args, embeddings, loss, pred, reg):
 class Log:
     """ckpt.jsonl, locked while the run lasts, and the screen.
 
-    It opens with the command line and keeps the steps up to `first`. Exits where another run writes
+    It opens with the command line and keeps the steps up to `done`. Exits where another run writes
     it, or where it belongs to a run whose checkpoint is gone.
     """
 
-    def __init__(self, args, first, last):
+    def __init__(self, args, done, total):
         path = Path(args.ckpt).with_suffix(".jsonl")
-        self.args, self.last, self.logged = args, last, first or 0
+        self.args, self.total, self.logged = args, total, done or 0
         try:
             self.file = path.open("a+", buffering=1)  # line by line
         except OSError as error:
@@ -314,7 +318,7 @@ class Log:
             pass
         self.file.seek(0)
         lines = self.file.readlines()
-        if first is None and len(lines) > 1:
+        if done is None and len(lines) > 1:
             sys.exit(f"train.py: {path} is the log of a run without {args.ckpt}; move the log, too")
         # after a resume each step stands once, and a line cut short by a kill goes
         whole = [line for line in lines if line.endswith("\n")]
@@ -333,15 +337,15 @@ class Log:
         self.start, self.waited, self.logged = time.perf_counter(), waited, step
         self.file.write(json.dumps(row) + "\n")
         numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
-        eta = datetime.timedelta(seconds=(self.last - step) * images // row["images_per_s"])
-        print("  ".join([f"step {step}/{self.last}", *numbers, f"eta {eta}"]), flush=True)
+        eta = datetime.timedelta(seconds=(self.total - step) * images // row["images_per_s"])
+        print("  ".join([f"step {step}/{self.total}", *numbers, f"eta {eta}"]), flush=True)
 
 
-def finish(step, last, stopped, error, ckpt, rank, world):
-    """Says what was saved; raises what stopped the loading of images, after all have saved."""
+def finish(step, total, error, ckpt, rank, world):
+    """Says what was saved; raises what stopped the loading of images, once rank 0 has saved."""
     if rank == 0:
-        then = "the same command continues" if stopped else f"next: python probe.py {ckpt}"
-        print(f"train.py: step {step} of {last}, saved; {then}")
+        then = "the same command continues" if step < total else f"next: python probe.py {ckpt}"
+        print(f"train.py: step {step} of {total}, saved; {then}")
     if world > 1:
         dist.barrier()
     if error:
@@ -350,9 +354,9 @@ def finish(step, last, stopped, error, ckpt, rank, world):
 
 @contextmanager
 def ranks(script, device):
-    """Device, rank and world size: joins torchrun's processes, and parts them at a clean end.
+    """Device, rank and world size; joins torchrun's processes, and leaves them after success.
 
-    Errors that name one of the scripts end it in their one line; signals are as before then.
+    Errors that name one of the scripts end it in their one line. Signal handlers are restored.
     """
     handlers = {name: signal.getsignal(name) for name in SIGNALS if in_main_thread()}
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
@@ -386,17 +390,6 @@ def ranks(script, device):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-@contextmanager
-def first_of_node():
-    """The first process of each node runs the block, and downloads; then the others do."""
-    together, local_rank = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", "0"))
-    if together and local_rank:
-        dist.barrier()
-    yield
-    if together and not local_rank:
-        dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -504,8 +497,14 @@ def open_data(data, root, split, seed=0, image_size=32):
         return Shapes(image_size, seed, split)
     if data in DATASETS:
         make, *arguments = DATASETS[data]
-        try:
-            return make(root, **arguments[split == "val"], download=True, transform=np.array)
+        together, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
+        try:  # the first process of each node downloads while the others wait
+            if together and not first:
+                dist.barrier()
+            found = make(root, **arguments[split == "val"], download=True, transform=np.array)
+            if together and first:
+                dist.barrier()
+            return found
         except (OSError, RuntimeError, ImportError) as error:  # no network, no room, no scipy ...
             sys.exit(f"train.py: --data {data} is not in {root} and cannot be had: {error}")
     try:
@@ -552,14 +551,14 @@ def sizes_of(data, count=64):
 def fingerprint(data):
     """Number of images, and a hash of the files' names; exits where ranks have different ones."""
     names = [path[len(str(data.root)) :] for path, _ in getattr(data, "samples", ())]
-    mine = f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
-    every = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    own = f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
+    every = [own] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(every) > 1:
-        dist.all_gather_object(every, mine)
+        dist.all_gather_object(every, own)
     if len({*every}) > 1:
         found = ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(every))
         sys.exit(f"train.py: ranks differ in images (number, hash of names): {found}")
-    return mine
+    return own
 
 
 class Images(torch.utils.data.Dataset):
@@ -685,39 +684,44 @@ def normalize(images):
     return (images - mean) / std
 
 
-def batches(num_images, batch_size, first, last, seed, rows):
-    """This rank's `rows` of each global batch after step `first`, as lists of (epoch, index)."""
+def batch_keys(num_images, batch_size, done, total, seed, rows):
+    """This rank's `rows` of each global batch after step `done`, as lists of (epoch, index)."""
     per_epoch = num_images // batch_size
-    for step in range(first, last):
+    for step in range(done, total):
         epoch, i = divmod(step, per_epoch)
-        if i == 0 or step == first:
+        if i == 0 or step == done:
             generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
             order = torch.randperm(num_images, generator=generator).tolist()
         yield [(epoch, order[i * batch_size + row]) for row in rows.tolist()]
 
 
-def load(args, train_set, first, last, share, device):
-    """What draw gets of this rank's images, step by step, on the device, and the crops it takes.
+def load(args, train_set, done, total, rows, device):
+    """An iterator over this rank's batches, on the device, and the crops that `draw` has to take.
 
-    Sets of small images of one size are held on the device as they are, and cropped there by draw;
-    others are cropped as they are loaded.
+    Small images of one size are held on the device whole, and cropped there by `draw`; others are
+    cropped as they are loaded, and leave no crops.
     """
-    kinds = [(1, args.image_size, 0.3, 1)] * (args.augment != "none")  # as draw takes them
+    crops = [(1, args.image_size, 0.3, 1)] * (args.augment != "none")  # see Images
     if args.recipe == "crops":
-        kinds = [(args.global_views, args.image_size, 0.3, 1)]
-        kinds += [(args.local_views, args.local_size, 0.05, 0.3)] * (args.local_views > 0)
-    steps = batches(len(train_set), args.batch_size, first, last, args.seed, share)
+        crops = [(args.global_views, args.image_size, 0.3, 1)]
+        crops += [(args.local_views, args.local_size, 0.05, 0.3)] * (args.local_views > 0)
+    steps = batch_keys(len(train_set), args.batch_size, done, total, args.seed, rows)
     whole = hold(train_set, sizes_of(train_set), args.workers, device)
-    if whole is not None and (kinds or whole.shape[2:] == (args.image_size, args.image_size)):
+    if whole is not None and (crops or whole.shape[2:] == (args.image_size, args.image_size)):
         indices = (send(torch.tensor([i for _, i in keys]), device) for keys in steps)
-        return ([whole[i] if kinds else whole[i][:, None]] for i in indices), kinds
-    images = Images(train_set, args.image_size, kinds, args.seed)
+        return ([whole[i] if crops else whole[i][:, None]] for i in indices), crops
+    images = Images(train_set, args.image_size, crops, args.seed)
     # 16 images a message: workers keep two each in shared memory, of which Docker gives 64 MB
-    some = (keys[i : i + 16] for keys in steps for i in range(0, len(keys), 16))
-    loader = read(images, args.workers, batch_sampler=some, pin_memory=device.type == "cuda")
-    of_a_step = zip(*[loader] * -(-len(share) // 16), strict=True)  # so many messages each
-    kinds = (zip(*(views for views, _ in messages), strict=True) for messages in of_a_step)
-    return ([torch.cat([send(x, device) for x in k]) for k in step] for step in kinds), ()
+    parts = (keys[i : i + 16] for keys in steps for i in range(0, len(keys), 16))
+    loader = read(images, args.workers, batch_sampler=parts, pin_memory=device.type == "cuda")
+    return assemble(loader, -(-len(rows) // 16), device), ()
+
+
+def assemble(loader, messages, device):
+    """Joins the loader's messages, so many a step: for each kind of crop (B, count, 3, s, s)."""
+    for several in zip(*[loader] * messages, strict=True):
+        kinds = zip(*(views for views, _ in several), strict=True)
+        yield [torch.cat([send(views, device) for views in kind]) for kind in kinds]
 
 
 def hold(data, sizes, workers, device):
@@ -732,8 +736,8 @@ def hold(data, sizes, workers, device):
 
 
 class OneAhead:
-    """A loader's batches, each handed out when the next is there. An image that cannot be read thus
-    ends them early, with the exception in .error: all ranks can save. .waited: seconds of it."""
+    """Hands out each batch when it has the next. Where an image cannot be read it ends early, with
+    the exception in .error, and all ranks can save. .waited: seconds spent loading."""
 
     def __init__(self, loader):
         self.loader, self.error, self.waited = loader, None, 0.0
@@ -795,8 +799,8 @@ def load_checkpoint(path, parts=PARTS):
     return saved
 
 
-def resume(script, path, parts, settings, last, rank, world):
-    """The step of the checkpoint, whose state is put into `parts`; None where there is none.
+def resume(script, path, parts, settings, total, rank, world):
+    """The steps done by the checkpoint, whose state is put into `parts`; None without one.
 
     Rank 0 reads it and sends it to all. Exits without its folder, and where settings differ.
     """
@@ -822,7 +826,7 @@ def resume(script, path, parts, settings, last, rank, world):
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     step = saved["step"]
-    says = f"continues from step {step}" if step < last else f"is finished: {step} steps"
+    says = f"continues from step {step}" if step < total else f"is finished: {step} steps"
     if rank == 0:
         print(f"{script}: {path} {says}")
     return step
@@ -1002,8 +1006,7 @@ def main(argv=None):
         if args.data == "shapes":  # drawn at the size that follows from the settings
             about = "drawn here (--data FOLDER takes your own)"
             chosen = fill_in(args, 20_000, args.image_size or 32, world)
-        with first_of_node():
-            data = open_data(args.data, args.data_root, "train", args.seed, args.image_size)
+        data = open_data(args.data, args.data_root, "train", args.seed, args.image_size)
         if args.data != "shapes":
             sides = sorted(min(size) for size in sizes_of(data))
             middle = sides[len(sides) // 2]
