@@ -76,10 +76,9 @@ class VisionTransformer(nn.Module):
     images (B, 3, S, S) float, indices None, (B, n) or (B, K, n) int64 patch indices in raster order
     -> (B, 1 + P, D), (B, 1 + n, D) or (B, K, 1 + n, D) after the last LayerNorm, CLS first. With
     indices the other patches take no part: every (n,) set is a sequence of its own. Images of
-    another size than the model's are taken too, with resized position embeddings (bicubic,
-    antialiased); ValueError where the patch size does not divide them. With layers = l the outputs
-    of the last l blocks, each after the last LayerNorm, stand side by side: (..., l D), the last
-    block's first.
+    another size get resized position embeddings (bicubic, antialiased); ValueError where the patch
+    size does not divide them. layers: the outputs of so many last blocks, each after the last
+    LayerNorm, side by side (..., layers * D), the last block's first.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12):
@@ -163,8 +162,7 @@ class TransformerPredictor(nn.Module):
     """A narrow transformer: mask tokens with positions attend to the context and to each other.
 
     tokens (B, 1 + Nc, D), context (B, Nc), targets (B, K, Nt) -> (B, K, Nt, D). The K blocks of an
-    image share one sequence [CLS, context, mask tokens] of half the width; I-JEPA, whose predictor
-    it follows, runs one sequence a block, which costs K contexts.
+    image share one sequence, of half the width; I-JEPA runs one for each block.
     """
 
     def __init__(self, dim, num_patches, depth=4):

@@ -115,13 +115,11 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
 
         min over W, b of  mean cross-entropy(standardised x W + b, y) + decay / 2 |W|^2
 
-    by SGD (batch 1024, gradients averaged with 0.9 as momentum, so that a rate of 1 is 0.1 in the
-    usual form; cosine rate, 10 passes and at least 400 steps) in principal axes scaled to variance
-    1: the problem is well conditioned there, and 10 passes do what takes hundreds on standardised
-    features. The penalty stays that of the standardised ones: 1 / variance on each axis, and its
-    step is implicit, so any decay is stable. A thousandth is added to the variances, so that axes
-    on which the features have nothing are not blown up. rows: the images to fit, by default all.
-    Returns weight (D, H, C) and bias (H, C), which act on x as it is, on its device.
+    by SGD (batch 1024, gradients averaged with 0.9 as momentum, cosine rate, 10 passes and at least
+    400 steps) in principal axes scaled to variance 1 (+ 0.001, for axes that hold nothing). There
+    the problem is well conditioned, and 10 passes do what takes hundreds on standardised features.
+    The penalty stays theirs, and its step is implicit, so any decay is stable. rows: which images
+    to fit. Returns weight (D, H, C) and bias (H, C), which act on x as it is, on its device.
     """
     rows = torch.arange(len(x)) if rows is None else rows.cpu()
     n, classes, count, device = len(rows), int(y.max()) + 1, len(heads), x.device
@@ -172,10 +170,8 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
     """A linear classifier of frozen features; learning rate and weight decay chosen without val.
 
     All heads are fitted to nine tenths of the training images; the best on the held-out tenth
-    (drawn by the seed, class by class) is fitted again to everything, and scored on the validation
-    split, whose labels are compared with predictions and nothing else. Shapes, errors as in
-    knn_probe; also ValueError with one image a class. Returns `linear`, and how its head was
-    chosen.
+    (drawn by the seed, class by class) is fitted again to everything. Validation labels are only
+    compared with predictions. Shapes, errors as in knn_probe; ValueError with one image a class.
     """
     check_labels(train_y)
     if train_y.bincount().max() < 2:

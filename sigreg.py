@@ -360,16 +360,14 @@ def random_directions(dim, num_slices, seed, device=None):
 class _Sketched(torch.autograd.Function):
     """sketched_sigreg_plain over all ranks, value and gradient in one call.
 
-    The knots are t_k = k dt, so e^(i t_k p) = u^k with u = e^(i dt p): one sine and one cosine a
-    projection, then a complex product a knot. With the gaps g_k = mean u^k - phi(t_k) of the global
-    batch (k = 0 has none),
+    The knots are t_k = k dt, so e^(i t_k p) = u^k with u = e^(i dt p): one sine and one cosine for
+    a projection, then a complex product for each knot. With the gaps of the global batch,
+    g_k = mean u^k - phi(t_k),
 
         value     = N sum_k w_k |g_k|^2                                      mean over the M slices
         d / d p_n = Re sum_k c_k u_n^k,  c_k = 2 w_k t_k (Im g_k + i Re g_k)        by Horner's rule
-        d / d z_n = (d / d p_n) directions^T / M
 
-    Rows go in blocks that stay in the cache (2^16 projections; GPUs: 2^24, to fill them); u, (N, M)
-    complex, is kept from one pass to the other. One collective.
+    Rows go in blocks that fit the cache of a CPU, or fill a GPU. u (N, M) is kept for the gradient.
     """
 
     @staticmethod

@@ -252,8 +252,7 @@ def on_any_rank(happened, world):
 
 
 def start(args, parts, total, rank, world):
-    """How many steps the checkpoint has done, and rank 0's log. A new run writes a checkpoint of
-    step 0, so that no other run takes its path."""
+    """Steps done by the checkpoint, and rank 0's log. A new run saves step 0: the path is taken."""
     done, log = resume("train.py", Path(args.ckpt), parts, vars(args), total, rank, world), None
     if rank == 0 and (done or 0) < total:
         warn_of_small_sample(args, parts["encoder"])
@@ -467,11 +466,8 @@ class Shapes(torch.utils.data.Dataset):
 
 
 def read_image(path, size_alone=False):
-    """The image file as RGB, upright, on white where it is transparent, 16 bits scaled to 8.
-
-    With size_alone its (height, width) from the header. OSError that names the path where it cannot
-    be read, or where nothing says what range its numbers have.
-    """
+    """The image file as RGB, upright, on white where it is transparent, 16 bits scaled to 8; or its
+    (height, width) alone, from the header. OSError that names what cannot be read or scaled."""
     try:
         with Image.open(path) as file:
             if size_alone:
@@ -800,10 +796,8 @@ def load_checkpoint(path, parts=PARTS):
 
 
 def resume(script, path, parts, settings, total, rank, world):
-    """The steps done by the checkpoint, whose state is put into `parts`; None without one.
-
-    Rank 0 reads it and sends it to all. Exits without its folder, and where settings differ.
-    """
+    """The steps done by the checkpoint, which rank 0 reads and all put into `parts`; None without
+    one. Exits where the folder is missing, and where settings differ."""
     if not path.absolute().parent.is_dir():
         sys.exit(f"{script}: --ckpt {path}: no such folder {path.absolute().parent}")
     found = [load_checkpoint(path, ["encoder"]) if rank == 0 and path.exists() else None]
