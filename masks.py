@@ -21,7 +21,7 @@ CONTEXT_SCALE = (0.85, 1.0)  # share of the grid that the context block takes, l
 
 def _check(batch_size, grid, num_targets, min_context, target):
     """(height, width) of the grid if the arguments are legal; else an error that names one."""
-    height, width = (grid, grid) if isinstance(grid, int) else grid
+    height, width = grid if isinstance(grid, tuple | list) else (grid, grid)
     if min(height, width) < 1 or height * width < 2:
         raise ValueError(f"masks.py: grid must hold at least 2 patches, got {grid}")
     for name, count in (("batch_size", batch_size), ("num_targets", num_targets)):

@@ -258,9 +258,8 @@ class Masked(nn.Module):
         loss, pred, reg = masked_loss(
             *z, masks=None, lam=1.0, regularizer=SIGReg("legendre"), relative=True, on="tokens")
 
-    The targets come from the same encoder, with their gradient. For comparison, stop_grad takes
-    the gradient away, teacher is another encoder for them, and whole_targets takes them from the
-    encoded whole image, normalised, as I-JEPA does. at_once: see in_pieces.
+    Targets have their gradient. For comparison, stop_grad takes it away, teacher is another encoder
+    for them, and whole_targets has them from the encoded whole image, normalised, as I-JEPA does.
     """
 
     def __init__(
@@ -303,12 +302,13 @@ class MultiView(nn.Module):
 
     forward takes views: V of (B, 3, size, size), of one size for the num_global first and of one
     for the others. It returns features (B, V, width of the encoder), which are probed, and z
-    (V, B, D), which sigreg.multi_view_loss sees. The projector sees all images at once, as its
-    batch norm wants; the encoder sees at_once at a time, see in_pieces.
+    (V, B, D), which sigreg.multi_view_loss sees. The projector sees all images at once.
     """
 
     def __init__(self, encoder, projector, num_global, at_once=None):
         super().__init__()
+        if at_once and any("BatchNorm" in type(m).__name__ for m in encoder.modules()):
+            raise ValueError("model.py: batch norm is of whole batches: no at_once (--micro-batch)")
         self.encoder, self.projector = encoder, projector
         self.num_global, self.at_once = num_global, at_once
 

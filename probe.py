@@ -2,7 +2,6 @@
 
     python probe.py ckpt.pt                               # k-NN, linear, linear on four blocks
     python probe.py ckpt.pt --untrained                   # before training: the floor of any claim
-    python probe.py ckpt.pt --pixels                      # no encoder at all: the other floor
     python probe.py ckpt.pt --shots 1 10                  # and with n labels a class, 5 draws
     python probe.py ckpt.pt --pool cls --layers 2         # source B's features: CLS of two blocks
     python probe.py ckpt.pt --data cifar10 dtd photos     # transfer to other data sets
@@ -13,9 +12,7 @@
 
 Features are extracted once, from resized, centre-cropped images. Each protocol is one function of
 features and labels; it returns its top-1 in percent on the validation split, which takes no part in
-fitting or choosing anything, and how it was found. A table is printed, and last a line of JSON.
-
-N training and N' validation images, D features, C classes, H linear heads; B, S as in model.py.
+fitting or choosing anything. N training, N' validation images, D features, C classes, H heads.
 """
 
 import argparse
@@ -44,10 +41,8 @@ HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
 
 # ---------------------------------------------------------------------------------------- features
 def read_out(encoder, images, pool, layers):
-    """Features (B, D) of images (B, 3, S, S) in [0, 1]; without an encoder, 16 x 16 pixels."""
+    """Features (B, D) of images (B, 3, S, S) in [0, 1]."""
     train.check_choice("pool", pool, "avg cls both")
-    if encoder is None:
-        return F.adaptive_avg_pool2d(images, 16).flatten(1)
     images = train.normalize(images)
     tokens = encoder(images, layers=layers) if layers > 1 else encoder(images)
     parts = [image_features(tokens)] * (pool != "cls")
@@ -59,12 +54,14 @@ def read_out(encoder, images, pool, layers):
 def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, workers=0, amp=False):
     """Features (N, D) float32 and labels (N,) int64 of all N images in order, on the CPU.
 
-    encoder: images -> tokens (B, 1 + P, D) or features (B, D), or None: the pixels; images:
-    train.Images; pool: avg, the mean of the patch tokens, cls, the CLS token, or both side by side;
+    encoder: images -> tokens (B, 1 + P, D) or features (B, D), in eval mode; images: train.Images;
+    pool: avg, the mean of the patch tokens, cls, the CLS token, or both side by side;
     layers: how many last blocks (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes its
     share, of one size (the last images are the first again); rank 0 returns all, others their part.
     """
-    device = next(encoder.parameters()).device if encoder else torch.device("cpu")
+    if encoder.training:
+        raise ValueError("probe.py: the encoder is in training mode; call .eval() first")
+    device = next(encoder.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     each = -(-len(images) // world)
     share = [(0, i % len(images)) for i in range(rank * each, (rank + 1) * each)]
@@ -105,7 +102,7 @@ def knn_probe(train_x, train_y, val_x, val_y, k=20, temperature=0.07):
         votes = cosine.new_zeros(len(x), classes)
         votes.scatter_add_(1, train_y[nearest], (cosine / temperature).exp())
         right += (votes.argmax(1) == y).sum().item()
-    how = f"k = {k}, cosine, temperature {temperature}"
+    how = f"k = {min(k, len(train_x))}, cosine, temperature {temperature}"
     return {"knn": round(100 * right / len(val_y), 2), "knn_how": how}
 
 
@@ -217,7 +214,6 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     """Effective rank, k-NN, linear and few-shot of frozen features, on rank 0; {} on the others."""
     settings = {name: getattr(options, name) for name in ("pool", "workers", "amp")}
     extract = partial(extract_features, layers=options.blocks, **settings)
-    encoder = None if options.pixels else encoder
     more = options.blocks > options.layers
     width = encoder.dim if more else None  # the last block's features come first
     (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
@@ -287,6 +283,10 @@ def finetune(encoder, who, train_set, val_set, size, options, path):
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = next(encoder.parameters()).device
     classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
+    if classes < 2:
+        raise ValueError("probe.py: the training split needs labels, of at least two classes")
+    options.batch_size = min(options.batch_size, len(train_set))
+    options.lr = options.lr or 1e-3 * options.batch_size / 256
     encoder = copy.deepcopy(encoder).requires_grad_(True)
     net = Classifier(encoder, classes).to(device).train()
     chosen = {name: getattr(options, name) for name in TUNED.split()}
@@ -313,7 +313,7 @@ def tune(net, train_set, size, options, settings, path):
     """
     device, together = net.head.weight.device, dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    batch = min(options.batch_size, len(train_set)) // world * world
+    batch = options.batch_size // world * world
     if not batch:
         sys.exit(f"probe.py: {len(train_set)} images do not reach {world} ranks; take fewer ranks")
     per_pass = len(train_set) // batch
@@ -387,8 +387,9 @@ def export(encoder, path, about):
     else:
         train.save({}, {"state_dict": state, **about}, Path(path), "probe.py")
     print(f"{path}: {len(state)} tensors, for images of {about['image_size']} px in [0, 1],")
-    print(f"less {mean}, over {std}; features are the mean of the tokens but the first")
+    print(f"less {mean}, over {std}")
     if hasattr(encoder, "blocks"):
+        print("features are the mean of the tokens but the first")
         shape = f"img_size={about['image_size']}, patch_size={encoder.patch_size}"
         depth, heads = len(encoder.blocks), encoder.blocks[0].heads
         shape += f", embed_dim={encoder.dim}, depth={depth}, num_heads={heads}, num_classes=0"
@@ -404,7 +405,6 @@ LEAST = {
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        usage="probe.py CKPT [options], or over GPUs torchrun --nproc_per_node=8 probe.py CKPT ...",
         formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
     )
     add = parser.add_argument_group("what is probed").add_argument
@@ -413,7 +413,6 @@ def parse_args(argv=None):
     add("--data-root", help="where torchvision's data sets are [as in training]")
     add("--image-size", type=int, help="pixels [as in training]")
     add("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
-    add("--pixels", action="store_true", help="the images themselves, as 16 x 16")
     add("--pool", choices=["avg", "cls", "both"], default="avg", help="mean patch token, CLS [avg]")
     add("--layers", type=int, help="last blocks side by side (ViT) [1, and linear4: 4 of them]")
     add("--shots", type=int, nargs="+", default=[], help="also linear probes with n labels a class")
@@ -438,7 +437,6 @@ def parse_args(argv=None):
     train.check_least("probe.py", options, LEAST)
     check(options)
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
-    options.lr = options.lr or 1e-3 * options.batch_size / 256
     return options
 
 
@@ -448,13 +446,15 @@ def check(options):
         sys.exit(f"probe.py: --shots {min(options.shots)} must be at least 1")
     if len(options.data or []) > 1 and options.pca:
         sys.exit("probe.py: a picture is of one data set; give --data one")
-    chosen = options.pixels or options.pool != "avg" or options.layers
+    chosen = options.pool != "avg" or options.layers
     if chosen and (options.finetune or options.pca or options.export):
-        sys.exit("probe.py: --pixels, --pool, --layers are of k-NN and linear: leave them out")
+        sys.exit("probe.py: --pool, --layers are of k-NN and linear: leave them out")
     for path, endings in ((options.export, (".pt", ".safetensors")), (options.pca, (".png",))):
         if path and not (path.endswith(endings) and Path(path).absolute().parent.is_dir()):
             wanted = f"end in {' or '.join(endings)}, in a folder that exists"
             sys.exit(f"probe.py: {path} must {wanted}")
+    if options.finetune and options.export:
+        sys.exit("probe.py: --export writes the encoder before --finetune; leave one out")
     if options.export and Path(options.export).resolve() == Path(options.ckpt).resolve():
         sys.exit(f"probe.py: --export {options.export} would overwrite the checkpoint")
 
@@ -466,7 +466,7 @@ def load_encoder(options, checkpoint):
     encoder = build_encoder(name, args["image_size"])
     is_vit = hasattr(encoder, "blocks")
     # by default both readouts from one pass: source A's, the last block, and I-JEPA's, four
-    default = is_vit and not (options.layers or options.pixels or options.pool != "avg")
+    default = is_vit and not (options.layers or options.pool != "avg")
     options.layers = options.layers or 1
     options.blocks = min(4, len(encoder.blocks)) if default else options.layers
     wants = {f"--pool {options.pool}": options.pool != "avg", "--layers": options.layers > 1}
@@ -493,11 +493,10 @@ def show(about, result, options):
     """The header, with what all numbers share, and a line for each number."""
     features = {"avg": "mean patch token", "cls": "CLS", "both": "mean patch token and CLS"}
     blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
-    features = "16 x 16 pixels" if options.pixels else f"{features[options.pool]}, {blocks}"
     counts = f"{about['train']:,} training, {about['val']:,} validation images"
     precision = "bfloat16" if options.amp else "float32"
     print(f"{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end="")
-    print(f"{about['image_size']} px; {features}, {precision}")
+    print(f"{about['image_size']} px; {features[options.pool]}, {blocks}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
         print(f"  {name:10}{result[name]:8.2f}   {result[f'{name}_how']}")
 
@@ -527,7 +526,7 @@ def main(argv=None):
         args, names = checkpoint["args"], ("image_size", "data_root", "workers")
         vars(options).update({n: args[n] for n in names if getattr(options, n) is None})
         encoder = load_encoder(options, checkpoint).to(device).eval().requires_grad_(False)
-        step = 0 if options.untrained or options.pixels else checkpoint["step"]
+        step = 0 if options.untrained else checkpoint["step"]
         if options.export and rank == 0:
             names = ("model", "image_size", "recipe", "data", "seed")
             export(encoder, options.export, {n: args[n] for n in names} | {"step": step})
@@ -537,9 +536,8 @@ def main(argv=None):
             sources = open_splits(data, options.data_root, args["seed"], options.image_size)
             found = run(encoder, data, sources, options.image_size, step, options, device)
             if found and rank == 0:
-                model = "pixels" if options.pixels else args["model"]
-                about = {"ckpt": options.ckpt, "data": data, "model": model, "step": step}
-                names = ("image_size", "pool", "layers", "untrained", "pixels", "amp", "seed")
+                about = {"ckpt": options.ckpt, "data": data, "model": args["model"], "step": step}
+                names = ("image_size", "pool", "layers", "untrained", "amp", "seed")
                 about |= {name: getattr(options, name) for name in names}
                 about |= {"train": len(sources[0]), "val": len(sources[1])}
                 show(about, found, options)

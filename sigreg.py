@@ -256,9 +256,9 @@ def centre(z, places=None, num_places=None):
     if places is None:
         count, total = sum_over_ranks(z.new_full((), len(z)), z.sum(0))
         return z - total / count
-    everywhere = torch.arange(num_places, device=z.device)
-    at = (places.flatten()[:, None] == everywhere).to(z)  # (tokens, places), one 1 in each row
-    count, total = sum_over_ranks(at.sum(0), matmul(at.T, z.flatten(0, -2)))
+    z_flat, rows = z.flatten(0, -2), places.flatten()[:, None]
+    at = z.new_zeros(len(rows), num_places).scatter(1, rows, 1.0)  # (tokens, places): a 1 in each
+    count, total = sum_over_ranks(at.sum(0), matmul(at.T, z_flat))
     return z - matmul(at, total / count.clamp_min(1)[:, None]).view_as(z)
 
 
@@ -350,9 +350,9 @@ def legendre_sigreg(z):
 # --------------------------------------------------------------------- the sketched one, made fast
 def random_directions(dim, num_slices, seed, device=None):
     """(D, M) float32 unit columns, uniform on the sphere, by the seed alone: same on all ranks."""
-    directions = torch.randn(dim, num_slices, generator=torch.Generator().manual_seed(seed))
+    directions = torch.randn(dim, num_slices, generator=torch.Generator().manual_seed(int(seed)))
     directions = directions / directions.norm(dim=0)
-    if device is not None and device.type == "cuda":  # from pinned memory: does not wait
+    if torch.device(device or "cpu").type == "cuda":  # from pinned memory: does not wait
         return directions.pin_memory().to(device, non_blocking=True)
     return directions.to(device)
 

@@ -107,9 +107,6 @@ def build(args, device):
     B the projector), AdamW, which decays matrices alone, and the teacher if there is one."""
     torch.manual_seed(args.seed)
     encoder, teacher = model.build_encoder(args.model, args.image_size), None
-    batch_norm = any("BatchNorm" in type(m).__name__ for m in encoder.modules())
-    if args.micro_batch and batch_norm:
-        raise ValueError(f"train.py: --micro-batch: {args.model} has batch norm of whole batches")
     if args.recipe == "crops":
         if args.local_size % getattr(encoder, "patch_size", 1):
             wanted = f"a multiple of the patch of {args.model}"
@@ -145,7 +142,11 @@ def parallel(net, args, device):
         dynamic, old = args.recipe == "masked", torch.__version__ < "2.14"
         # with these torch 2.11 crashes on GPUs where sizes change (pytorch #181563), 2.14 does not
         off = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
-        net.compile(dynamic=dynamic, options=off if dynamic and old else None)
+        options = off if dynamic and old else None
+        if getattr(args, "micro_batch", None):  # checkpoints stay outside of what is compiled
+            net.embed = torch.compile(net.embed, dynamic=dynamic, options=options)
+        else:
+            net.compile(dynamic=dynamic, options=options)
     if dist.is_initialized():
         if device.type == "cuda":  # batch norm over the global batch, as SIGReg is
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -169,7 +170,6 @@ def draw(args, batch, crops_left, rows, grid, seed):
     (B, 3, H, W), and crops_left lists what to crop: (count, size, least and most share of the
     image) of each kind. rows (B,): their places in the global batch. Every rank samples for the
     whole batch and takes its rows, so that any number of ranks sees the same. grid: patches a side.
-
     Returns views, G + L of (B, 3, size, size), normalised, of the masked recipe two, for context
     and targets; and masks, (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
@@ -193,9 +193,7 @@ def draw(args, batch, crops_left, rows, grid, seed):
     return [normalize(view) for view in views], masks
 
 
-@cache
-def compiled(function):
-    return torch.compile(function, dynamic=False)
+compiled = cache(partial(torch.compile, dynamic=False))  # once for each function
 
 
 def send(x, device):
@@ -227,18 +225,16 @@ def learning_rate(step, total, lr, warmup=0, schedule="constant"):
     return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
 
 
-SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
-
-
-def in_main_thread():
-    """Whether signals can be caught here: Python delivers them to the main thread alone."""
-    return threading.current_thread() is threading.main_thread()
+def signals():
+    """Those that save first; outside of the main thread, where Python catches none, none."""
+    main = threading.current_thread() is threading.main_thread()
+    return (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if main else ()
 
 
 def catch_signals():
-    """A list that is empty until this process gets one of SIGNALS."""
+    """A list that is empty until this process gets one of the signals."""
     caught = []
-    for name in SIGNALS if in_main_thread() else ():
+    for name in signals():
         signal.signal(name, lambda number, _: caught.append(number))
     return caught
 
@@ -291,16 +287,15 @@ def diagnostics(args, embeddings, loss, pred, reg):
         features = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B G, width)
     erank, std = sigreg.effective_rank(features), sigreg.embedding_std(features)
     row = {"loss": loss, "pred": pred, args.sigreg: reg, "erank": erank, "std": std}
-    peak = {"gb": torch.cuda.max_memory_allocated() / 2**30} if features.is_cuda else {}
+    peak = (
+        {"gb": torch.cuda.max_memory_allocated(features.device) / 2**30} if features.is_cuda else {}
+    )
     return {name: value.item() for name, value in row.items()} | peak
 
 
 class Log:
-    """ckpt.jsonl, locked while the run lasts, and the screen.
-
-    It opens with the command line and keeps the steps up to `done`. Exits where another run writes
-    it, or where it belongs to a run whose checkpoint is gone.
-    """
+    """The screen and ckpt.jsonl, which keeps the steps up to `done`, locked while the run lasts.
+    Exits where another run writes it, or where it is of a run whose checkpoint is gone."""
 
     def __init__(self, args, done, total):
         path = Path(args.ckpt).with_suffix(".jsonl")
@@ -323,8 +318,9 @@ class Log:
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line).get("step", 0) <= self.logged]
         header = json.dumps({"command": " ".join(sys.argv), "args": vars(args)}) + "\n"
-        self.file.truncate(0)
-        self.file.writelines(kept or [header])
+        kept = [] if done is None else kept
+        self.file.truncate(sum(len(line.encode()) for line in kept))
+        self.file.writelines([] if kept else [header])
         self.start, self.waited = time.perf_counter(), 0.0
 
     def write(self, step, epoch, measured, rate, waited):
@@ -357,7 +353,7 @@ def ranks(script, device):
 
     Errors that name one of the scripts end it in their one line. Signal handlers are restored.
     """
-    handlers = {name: signal.getsignal(name) for name in SIGNALS if in_main_thread()}
+    handlers = {name: signal.getsignal(name) for name in signals()}
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
     rank, local_rank, world = (int(os.environ.get(*name)) for name in names)
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
@@ -430,8 +426,7 @@ class Shapes(torch.utils.data.Dataset):
 
     Item i -> uint8 array (size, size, 3) and label in 0 .. 9, a pure function of seed, split and i.
     A copy has its own two colours, angle, place and scale, so the patches of an image share the
-    kind of the shape and nothing else, and no linear map of pixels sees it: either colour may be
-    the brighter.
+    kind of the shape and nothing else, and no linear map of pixels sees it.
     """
 
     def __init__(self, size=32, seed=0, split="train"):
@@ -483,12 +478,14 @@ def read_image(path, size_alone=False):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # noqa: BLE001 (Pillow raises struct.error and others)
-        raise OSError(f"train.py: cannot read image {path} ({error}); mend or delete it") from None
+        raise OSError(f"train.py: cannot read image {path} ({error}); replace the file") from None
 
 
 def open_data(data, root, split, seed=0, image_size=32):
     """The `train` or `val` split of --data, (uint8 array (H, W, 3), label) pairs, or an exit."""
     check_choice("split", split, "train val")
+    if data in ("shapes", *DATASETS) and Path(data, split).is_dir():
+        sys.exit(f"train.py: --data {data} is a name of ours and a folder here; say ./{data}")
     if data == "shapes":
         return Shapes(image_size, seed, split)
     if data in DATASETS:
@@ -518,8 +515,8 @@ def open_folder(folder):
     others = []
 
     def is_image(path):
-        name = Path(path).name.lower()
-        return name.endswith(EXTENSIONS) and name[0] != "." or others.append(path)
+        inside = path[len(str(folder)) :].lower()
+        return inside.endswith(EXTENSIONS) and "/." not in inside or others.append(path)
 
     data = datasets.ImageFolder(folder, np.array, loader=read_image, is_valid_file=is_image)
     real, ways, kept = cache(os.path.realpath), {}, []
@@ -560,8 +557,8 @@ def fingerprint(data):
 class Images(torch.utils.data.Dataset):
     """Item (epoch, index) -> uint8 views (count, 3, size, size), of each kind of crop, and label.
 
-    A pure function of seed, epoch and index. crops: kinds of random resized crops and flips, each
-    (count, size, least and most share of the image); by default one view, resized and centred.
+    crops: kinds of random resized crops and flips, each (count, size, least and most share of the
+    image), by seed, epoch and index alone; by default one view, resized and centred.
     """
 
     def __init__(self, source, size, crops=(), seed=0):
@@ -590,8 +587,8 @@ def resized_crop(x, u, size, scale):
     """torchvision's RandomResizedCrop and flip, each image by draws of its own, on x's device.
 
     x (B, 3, H, W) float, u (B, 23) uniform draws in [0, 1), scale: least, most share of the image
-    -> (B, 3, size, size). An antialiased bilinear resize is linear in rows and columns: two small
-    matrix products. Of ten boxes the first that fits counts.
+    -> (B, 3, size, size). A bilinear resize is two small matrix products. Of ten boxes the first
+    that fits counts.
     """
     area = x.shape[2] * x.shape[3] * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
     ratio = torch.exp((2 * u[:, 10:20] - 1) * math.log(4 / 3))  # width / height, 3/4 to 4/3
@@ -722,7 +719,7 @@ def assemble(loader, messages, device):
 
 def hold(data, sizes, workers, device):
     """All images, uint8 (N, 3, H, W), on the device; None if they are large or differ in size."""
-    if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * 96**2 > 2**33:
+    if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * math.prod(sizes[0]) > 2**33:
         return None
     parts = read(data, workers, batch_size=500, collate_fn=list)
     images = [image for part in parts for image, _ in part]
@@ -795,28 +792,34 @@ def load_checkpoint(path, parts=PARTS):
     return saved
 
 
-def resume(script, path, parts, settings, total, rank, world):
-    """The steps done by the checkpoint, which rank 0 reads and all put into `parts`; None without
-    one. Exits where the folder is missing, and where settings differ."""
-    if not path.absolute().parent.is_dir():
-        sys.exit(f"{script}: --ckpt {path}: no such folder {path.absolute().parent}")
-    found = [load_checkpoint(path, ["encoder"]) if rank == 0 and path.exists() else None]
-    if world > 1:
-        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    saved = found[0]
-    if saved is None:
-        return None
+def check_settings(script, path, before, now):
+    """Exits where a command has other settings than the run that it would continue."""
     may_change = set(MAY_CHANGE.split())
-    if settings.get("schedule") == "cosine":  # its length is part of it
+    if now.get("schedule") == "cosine":  # its length is part of it
         may_change -= {"epochs", "steps"}
-    for name, value in settings.items():
-        before = saved["args"].get(name)
-        if name in ("data", "data_root") and before:  # one folder may have several names
-            before, value = Path(before).resolve(), Path(value).resolve()
-        if name not in may_change and before != value:
-            was = f"{path} was trained with {name}={before}, this command says {value}"
+    for name in [name for name in now if name not in may_change]:
+        pair = before.get(name), now[name]
+        if name in ("data", "data_root") and pair[0]:  # one folder may have several names
+            pair = [Path(value).resolve() for value in pair]
+        if pair[0] != pair[1]:
+            was = f"{path} was trained with {name}={pair[0]}, this command says {pair[1]}"
             log = f" and {path.with_suffix('.jsonl')}" if script == "train.py" else ""
             sys.exit(f"{script}: {was}; repeat that, or move {path}{log}")
+
+
+def resume(script, path, parts, settings, total, rank, world):
+    """The steps done by the checkpoint, which all ranks read into `parts`; None without one."""
+    if not path.absolute().parent.is_dir():
+        sys.exit(f"{script}: --ckpt {path}: no such folder {path.absolute().parent}")
+    saved = load_checkpoint(path, ["encoder"]) if path.exists() else None
+    steps = [saved and saved["step"]] * world
+    if world > 1:
+        dist.all_gather_object(steps, steps[0])
+    if len({*steps}) > 1:
+        sys.exit(f"{script}: ranks see other checkpoints, of steps {steps}: {path} must be shared")
+    if saved is None:
+        return None
+    check_settings(script, path, saved["args"], settings)
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     step = saved["step"]
@@ -858,8 +861,7 @@ LEAST = {  # what an option must be at least
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        usage="train.py [options], or over N GPUs torchrun --nproc_per_node=N train.py [options]",
-        description="Defaults [in brackets]; three of them: for shapes, small images, larger ones.",
+        description="[Defaults]; where there are three: for shapes, small images, larger ones.",
         formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
     )
     add = parser.add_argument_group("data").add_argument
@@ -950,7 +952,7 @@ def fill_in(args, count, side, world):
 
     Returns what was chosen; exits in one line where the batch cannot be.
     """
-    shapes, chosen = args.data == "shapes", {}
+    shapes, chosen, side = args.data == "shapes", {}, args.image_size or side
     kind = 0 if shapes else 1 if side <= 96 else 2
     small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
     chosen["model"] = "vit_s16" if kind == 2 else small
