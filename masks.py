@@ -71,10 +71,9 @@ def multi_block_masks(
 ):
     """K rectangular target blocks per image, and one large context block less its image's targets.
 
-    grid: patches per side, or (height, width). Scales are shares of the grid's area, aspects are
-    log-uniform. One target size and one context size (square in units of the grid) are drawn per
-    call, positions per image; blocks of one image may overlap. Returns context (B, Nc) and targets
-    (B, K, Nt); ValueError names a bad argument.
+    grid: patches per side, or (height, width). Scales are shares of its area, aspects log-uniform.
+    One size of targets and one of the context (square in units of the grid) are drawn per call,
+    places per image; blocks may overlap. Returns context (B, Nc) and targets (B, K, Nt).
 
     Nc is the smallest context of the batch. An image below min_context, a share of the grid, draws
     its places again, up to 8 times, then repeats its first target K times and takes free patches
@@ -86,8 +85,7 @@ def multi_block_masks(
     if block == (height, width):  # rounding on a small grid: leave a line of patches to the context
         block = (height - 1, width) if height > 1 else (height, width - 1)
     frame = _block_size(height, width, _uniform(CONTEXT_SCALE, generator), height / width)
-    most = height * width - block[0] * block[1]
-    wanted = min(max(round(min_context * height * width), 1), most)
+    wanted = min(max(round(min_context * height * width), 1), height * width - math.prod(block))
 
     def place(count):
         targets = _place((count, num_targets), block, height, width, generator)

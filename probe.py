@@ -1,14 +1,14 @@
 """What did the encoder learn? The numbers and pictures of an evaluation, from a checkpoint.
 
-    python probe.py ckpt.pt                               # k-NN, linear, linear on four blocks
-    python probe.py ckpt.pt --untrained                   # before training: the floor of any claim
-    python probe.py ckpt.pt --shots 1 10                  # and with n labels a class, 5 draws
-    python probe.py ckpt.pt --pool cls --layers 2         # source B's features: CLS of two blocks
-    python probe.py ckpt.pt --data cifar10 dtd photos     # transfer to other data sets
-    python probe.py ckpt.pt --finetune                    # all weights on labels; again: continues
-    python probe.py ckpt.pt --pca pca.png                 # patch tokens as colours
-    python probe.py ckpt.pt --export encoder.safetensors  # the encoder alone, timm's names; or .pt
-    torchrun --nproc_per_node=8 probe.py ckpt.pt          # features, fine-tuning on all ranks
+    python probe.py ckpt.pt                         # k-NN, linear, linear on four blocks
+    python probe.py ckpt.pt --untrained             # before training: the floor of any claim
+    python probe.py ckpt.pt --shots 1 10            # and with n labels a class, 5 draws
+    python probe.py ckpt.pt --pool cls --layers 2   # source B's features: CLS of two blocks
+    python probe.py ckpt.pt --data dtd              # transfer to another data set
+    python probe.py ckpt.pt --finetune              # all weights on the labels
+    python probe.py ckpt.pt --pca pca.png           # patch tokens as colours
+    python probe.py ckpt.pt --export encoder.pt     # the encoder alone, a ViT's in timm's names
+    torchrun --nproc_per_node=8 probe.py ckpt.pt    # features, fine-tuning on all ranks
 
 Features are extracted once, from resized, centre-cropped images. Each protocol is one function of
 features and labels; it returns its top-1 in percent on the validation split, which takes no part in
@@ -42,12 +42,9 @@ HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
 # ---------------------------------------------------------------------------------------- features
 def read_out(encoder, images, pool, layers):
     """Features (B, D) of images (B, 3, S, S) in [0, 1]."""
-    train.check_choice("pool", pool, "avg cls both")
     images = train.normalize(images)
     tokens = encoder(images, layers=layers) if layers > 1 else encoder(images)
-    parts = [image_features(tokens)] * (pool != "cls")
-    parts += [tokens[:, 0].float()] * (pool != "avg")
-    return torch.cat(parts, dim=1)
+    return {"avg": image_features, "cls": lambda tokens: tokens[:, 0].float()}[pool](tokens)
 
 
 @torch.no_grad()
@@ -55,7 +52,7 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
     """Features (N, D) float32 and labels (N,) int64 of all N images in order, on the CPU.
 
     encoder: images -> tokens (B, 1 + P, D) or features (B, D), in eval mode; images: train.Images;
-    pool: avg, the mean of the patch tokens, cls, the CLS token, or both side by side;
+    pool: avg, the mean of the patch tokens, or cls, the CLS token;
     layers: how many last blocks (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes its
     share, of one size (the last images are the first again); rank 0 returns all, others their part.
     """
@@ -240,17 +237,14 @@ def frozen_probes(encoder, train_set, val_set, options, device):
 def layer_groups(encoder, head, decay, weight_decay):
     """AdamW's parameter groups, one a tensor, with `scale`: decay for each layer below the head.
 
-    Layer 0 is what comes before the first block (or stage), then one for each; the head's layer has
-    what follows the blocks, too. Parameters are registered in the order of the forward pass.
+    Of a ViT layer 0 comes before the first block, then each block is one; the last norm is the
+    head's. Other encoders have no layers: their rates are the head's. Matrices alone decay.
     """
-    named = [*encoder.named_parameters(), *(("head." + n, p) for n, p in head.named_parameters())]
-    stage = r"(blocks|features|layers|trunk_output)\.\w+|(layer|stage)\d+"
-    stages = [match and match[0] for match in (re.match(stage, name) for name, _ in named)]
-    order = list(dict.fromkeys(filter(None, stages)))
-    top, layer, groups = len(order) + 1, 0, []
-    for (name, p), stage in zip(named, stages, strict=True):
-        behind = layer > 0 or name.startswith("head.")
-        layer = order.index(stage) + 1 if stage else top * behind
+    groups, top = [], len(getattr(encoder, "blocks", ())) + 1
+    for name, p in [*encoder.named_parameters(), *head.named_parameters()]:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        first = top > 1 and re.match("patch_embed|cls_token|pos_embed", name)
+        layer = int(block[1]) + 1 if block else 0 if first else top
         matrix = name.endswith("weight") and p.ndim >= 2
         group = {"params": [p], "scale": decay ** (top - layer)}
         groups.append(group | {"weight_decay": weight_decay * matrix})
@@ -270,81 +264,51 @@ class Classifier(torch.nn.Module):
         return self.head(image_features(self.encoder(images)))
 
 
-TUNED = "epochs steps batch_size lr layer_decay weight_decay smoothing seed"
-
-
-def finetune(encoder, who, train_set, val_set, size, options, path):
+def finetune(encoder, train_set, val_set, size, options, device):
     """All weights of a copy of the encoder and a new linear head, trained on the labels.
 
-    who: the encoder and the data, for the checkpoint at path, which is written after each pass and
-    continued when there; train_set, val_set: (image, label) pairs. Ranks split the batch. Returns
-    `finetune`, top-1 of the last step, on rank 0, and {} on the others.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    device = next(encoder.parameters()).device
-    classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
-    if classes < 2:
-        raise ValueError("probe.py: the training split needs labels, of at least two classes")
-    options.batch_size = min(options.batch_size, len(train_set))
-    options.lr = options.lr or 1e-3 * options.batch_size / 256
-    encoder = copy.deepcopy(encoder).requires_grad_(True)
-    net = Classifier(encoder, classes).to(device).train()
-    chosen = {name: getattr(options, name) for name in TUNED.split()}
-    mark = next(encoder.parameters()).flatten()[0].item()  # not another run's of that name
-    settings = chosen | {"encoder": f"{who} {mark}", "size": size, "classes": classes}
-    settings["images"] = train.fingerprint(train_set)
-    tune(net, train_set, size, options, settings, path)
-    if not all(p.isfinite().all() for p in net.parameters()):
-        sys.exit(f"probe.py: fine-tuning became non-finite; lower --lr, and delete {path}")
-    images, workers = train.Images(val_set, size), options.workers
-    x, y = extract_features(encoder.eval(), images, workers=workers, amp=options.amp)
-    if rank:
-        return {}
-    top1 = round(score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0], 2)
-    how = ", ".join(f"{n.replace('_', ' ')} {v:g}" for n, v in chosen.items() if v is not None)
-    return {"finetune": top1, **chosen, "finetune_how": f"last step; {how}"}
-
-
-def tune(net, train_set, size, options, settings, path):
-    """The loop of finetune; the Classifier net is trained in place.
-
     AdamW; the rate falls by --layer-decay with each block below the head, warms up over a twentieth
-    of the steps and ends on half a cosine. Random crops and flips; smoothed labels.
+    of the steps and ends on half a cosine. Random crops and flips; smoothed labels. Ranks split the
+    batch. Returns `finetune`, top-1 of the last step, on rank 0, and {} on the others.
     """
-    device, together = net.head.weight.device, dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    batch = options.batch_size // world * world
-    if not batch:
-        sys.exit(f"probe.py: {len(train_set)} images do not reach {world} ranks; take fewer ranks")
-    per_pass = len(train_set) // batch
-    last = options.steps or options.epochs * per_pass
-    settings = settings | {"batch": batch, "last": last}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
+    batch = min(options.batch_size, len(train_set)) // world * world
+    if classes < 2 or not batch:
+        raise ValueError("probe.py: --finetune needs two classes, and an image for each rank")
+    per_pass, lr = len(train_set) // batch, options.lr or 1e-3 * batch / 256
+    total = options.steps or options.epochs * per_pass
+    net = Classifier(copy.deepcopy(encoder).requires_grad_(True), classes).to(device).train()
     groups = layer_groups(net.encoder, net.head, options.layer_decay, options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=device.type == "cuda")
-    parts = {"encoder": net.encoder, "head": net.head, "optimizer": optimizer}
-    first = train.resume("probe.py", path, parts, settings, last, rank, world) or 0
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
+    rows = torch.arange(batch).tensor_split(world)[rank]
+    keys = train.batch_keys(len(train_set), batch, 0, total, options.seed, rows)
     crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
-    mine = torch.arange(batch).tensor_split(world)[rank]
-    keys = train.batch_keys(len(train_set), batch, first, last, options.seed, mine)
-    pinned = {"pin_memory": device.type == "cuda"}
-    loader = train.read(crops, options.workers, batch_sampler=keys, **pinned)
+    loader = train.read(crops, options.workers, batch_sampler=keys, pin_memory=device.type != "cpu")
     classify = train.parallel(net, options, device)
-    for step, ((views,), labels) in enumerate(loader, first + 1):
+    for step, ((views,), labels) in enumerate(loader, 1):
         torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # stochastic depth
         images, labels = (x.to(device, non_blocking=True) for x in (views[:, 0], labels))
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
             logits = classify(train.normalize(images / 255)).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=options.smoothing)
-        rate = train.learning_rate(step, last, options.lr, 0.05 * last, "cosine")
+        rate = train.learning_rate(step, total, lr, 0.05 * total, "cosine")
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if rank == 0 and (step % 50 == 0 or step == last):
-            print(f"fine-tuning {step}/{last}  loss {loss.item():.4f}", flush=True)
-        if rank == 0 and (step % per_pass == 0 or step == last):
-            train.save(parts, {"step": step, "args": settings}, path, "probe.py")
+        if rank == 0 and (step % 50 == 0 or step == total):
+            print(f"fine-tuning {step}/{total}  loss {loss.item():.4f}", flush=True)
+    if not all(p.isfinite().all() for p in net.parameters()):
+        sys.exit("probe.py: fine-tuning became non-finite; lower --lr")
+    settings = {"workers": options.workers, "amp": options.amp}
+    x, y = extract_features(net.encoder.eval(), train.Images(val_set, size), **settings)
+    if rank:
+        return {}
+    top1 = score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0]
+    how = f"last of {total} steps of {batch} images; lr {lr:g}, layer decay {options.layer_decay:g}"
+    return {"finetune": round(top1, 2), "finetune_how": how}
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -369,27 +333,27 @@ def pca_picture(encoder, images, side):
     return make_grid(sheet, nrow=4, padding=4, pad_value=1)
 
 
+def save_pca(encoder, data, size, path, device):
+    """The picture of 8 images spread over the data, up to four times finer, at most 448 px."""
+    side = size * max(min(4, 448 // size), 1)
+    images = train.Images(data, side)
+    chosen = torch.linspace(0, len(images) - 1, 8).long().tolist()
+    chosen = torch.cat([images[0, i][0][0] for i in chosen]).to(device) / 255
+    save_image(pca_picture(encoder, chosen, max(side, 128)), path)
+    print(f"{path}: 8 validation images at {side} px beside their tokens' components")
+
+
 # --------------------------------------------------------------------------- export, options, main
 def export(encoder, path, about):
-    """The encoder's state dict alone, a ViT's in timm's names, and how to feed it.
-
-    .safetensors: about is its metadata, as strings; .pt: {"state_dict": ..., **about}.
-    """
-    state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+    """The encoder's state dict alone, a ViT's in timm's names, and how to feed it."""
     mean, std = train.MEAN_STD.tolist()
-    about = {"mean": mean, "std": std, **about}
-    if path.endswith(".safetensors"):
-        try:
-            from safetensors.torch import save_file
-        except ImportError:
-            sys.exit(f"probe.py: --export {path} needs the package safetensors; or write a .pt")
-        save_file(state, path, {name: str(value) for name, value in about.items()})
-    else:
-        train.save({}, {"state_dict": state, **about}, Path(path), "probe.py")
-    print(f"{path}: {len(state)} tensors, for images of {about['image_size']} px in [0, 1],")
-    print(f"less {mean}, over {std}")
+    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
+    try:
+        torch.save({"state_dict": state, "mean": mean, "std": std, **about}, path)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"probe.py: cannot write {path}: {str(error).splitlines()[0]}")
+    print(f"{path}: for images of {about['image_size']} px in [0, 1], less {mean}, over {std}")
     if hasattr(encoder, "blocks"):
-        print("features are the mean of the tokens but the first")
         shape = f"img_size={about['image_size']}, patch_size={encoder.patch_size}"
         depth, heads = len(encoder.blocks), encoder.blocks[0].heads
         shape += f", embed_dim={encoder.dim}, depth={depth}, num_heads={heads}, num_classes=0"
@@ -404,23 +368,21 @@ LEAST = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
-    )
+    parser = argparse.ArgumentParser(formatter_class=train.wide_help)
     add = parser.add_argument_group("what is probed").add_argument
     add("ckpt", help="a checkpoint of train.py")
-    add("--data", nargs="+", help="data sets as in train.py [the checkpoint's]")
+    add("--data", help="a data set as in train.py [the checkpoint's]")
     add("--data-root", help="where torchvision's data sets are [as in training]")
     add("--image-size", type=int, help="pixels [as in training]")
     add("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
-    add("--pool", choices=["avg", "cls", "both"], default="avg", help="mean patch token, CLS [avg]")
+    add("--pool", choices=["avg", "cls"], default="avg", help="mean patch token, or CLS [avg]")
     add("--layers", type=int, help="last blocks side by side (ViT) [1, and linear4: 4 of them]")
     add("--shots", type=int, nargs="+", default=[], help="also linear probes with n labels a class")
     add("--seed", type=int, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
     add = parser.add_argument_group("in place of k-NN and linear probe").add_argument
     add("--finetune", action="store_true", help="all weights; with --untrained, from scratch")
     add("--pca", help="a PNG of the tokens' principal components, up to 448 px")
-    add("--export", help="write the encoder alone, as .safetensors or .pt")
+    add("--export", help="write the encoder alone, as .pt")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--epochs", type=int, default=20, help="passes over the training split [20]")
     add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
@@ -444,15 +406,12 @@ def check(options):
     """Exits in one line where options are out of range or do not go together."""
     if min(options.shots, default=1) < 1:
         sys.exit(f"probe.py: --shots {min(options.shots)} must be at least 1")
-    if len(options.data or []) > 1 and options.pca:
-        sys.exit("probe.py: a picture is of one data set; give --data one")
     chosen = options.pool != "avg" or options.layers
     if chosen and (options.finetune or options.pca or options.export):
         sys.exit("probe.py: --pool, --layers are of k-NN and linear: leave them out")
-    for path, endings in ((options.export, (".pt", ".safetensors")), (options.pca, (".png",))):
-        if path and not (path.endswith(endings) and Path(path).absolute().parent.is_dir()):
-            wanted = f"end in {' or '.join(endings)}, in a folder that exists"
-            sys.exit(f"probe.py: {path} must {wanted}")
+    for path, ending in ((options.export, ".pt"), (options.pca, ".png")):
+        if path and not (path.endswith(ending) and Path(path).absolute().parent.is_dir()):
+            sys.exit(f"probe.py: {path} must end in {ending}, in a folder that exists")
     if options.finetune and options.export:
         sys.exit("probe.py: --export writes the encoder before --finetune; leave one out")
     if options.export and Path(options.export).resolve() == Path(options.ckpt).resolve():
@@ -491,60 +450,51 @@ def open_splits(data, root, seed, size):
 
 def show(about, result, options):
     """The header, with what all numbers share, and a line for each number."""
-    features = {"avg": "mean patch token", "cls": "CLS", "both": "mean patch token and CLS"}
+    features = {"avg": "mean patch token", "cls": "CLS"}[options.pool]
     blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
     counts = f"{about['train']:,} training, {about['val']:,} validation images"
     precision = "bfloat16" if options.amp else "float32"
     print(f"{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end="")
-    print(f"{about['image_size']} px; {features[options.pool]}, {blocks}, {precision}")
+    print(f"{about['image_size']} px; {features}, {blocks}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
         print(f"  {name:10}{result[name]:8.2f}   {result[f'{name}_how']}")
-
-
-def run(encoder, data, sources, size, step, options, device):
-    """What the options ask for on one data set: pictures, fine-tuning, or the frozen probes."""
-    if options.pca and not (dist.is_initialized() and dist.get_rank()):
-        side = size * max(min(4, 448 // size), 1)  # finer than in training, in bounded memory
-        images = train.Images(sources[1], side)
-        chosen = torch.linspace(0, len(images) - 1, 8).long().tolist()
-        chosen = torch.cat([images[0, i][0][0] for i in chosen]).to(device) / 255
-        save_image(pca_picture(encoder, chosen, max(side, 128)), options.pca)
-        print(f"{options.pca}: 8 validation images at {side} px beside their tokens' components")
-    if options.finetune:
-        path, untrained = Path(options.ckpt), "-untrained" * options.untrained
-        path = path.with_name(f"{path.stem}.finetune{untrained}-{Path(data).name}.pt")
-        return finetune(encoder, f"step {step} on {data}", *sources, size, options, path)
-    if options.pca:
-        return {}
-    return frozen_probes(encoder, *(train.Images(s, size) for s in sources), options, device)
 
 
 def main(argv=None):
     options = parse_args(argv)
     with train.ranks("probe.py", options.device) as (device, rank, _):
         checkpoint = train.load_checkpoint(options.ckpt)
-        args, names = checkpoint["args"], ("image_size", "data_root", "workers")
+        args, names = checkpoint["args"], ("data", "image_size", "data_root", "workers")
         vars(options).update({n: args[n] for n in names if getattr(options, n) is None})
         encoder = load_encoder(options, checkpoint).to(device).eval().requires_grad_(False)
         step = 0 if options.untrained else checkpoint["step"]
         if options.export and rank == 0:
             names = ("model", "image_size", "recipe", "data", "seed")
             export(encoder, options.export, {n: args[n] for n in names} | {"step": step})
-        export_alone = options.export and not (options.finetune or options.pca)
-        results = []
-        for data in options.data or [args["data"]] * (not export_alone):
-            sources = open_splits(data, options.data_root, args["seed"], options.image_size)
-            found = run(encoder, data, sources, options.image_size, step, options, device)
-            if found and rank == 0:
-                about = {"ckpt": options.ckpt, "data": data, "model": args["model"], "step": step}
-                names = ("image_size", "pool", "layers", "untrained", "amp", "seed")
-                about |= {name: getattr(options, name) for name in names}
-                about |= {"train": len(sources[0]), "val": len(sources[1])}
-                show(about, found, options)
-                results.append(about | {"torch": torch.__version__} | found)
-        if results:
-            results = [{k: v for k, v in r.items() if not k.endswith("_how")} for r in results]
-            print(json.dumps(results if len(results) > 1 else results[0]))
+        if options.export and not options.pca:
+            return
+        size = options.image_size
+        sources = open_splits(options.data, options.data_root, args["seed"], size)
+        if options.pca and rank == 0:
+            save_pca(encoder, sources[1], size, options.pca, device)
+        if options.finetune:
+            result = finetune(encoder, *sources, size, options, device)
+        elif not options.pca:
+            images = [train.Images(source, size) for source in sources]
+            result = frozen_probes(encoder, *images, options, device)
+        if rank == 0 and (options.finetune or not options.pca):
+            about = {
+                "ckpt": options.ckpt,
+                "data": options.data,
+                "model": args["model"],
+                "step": step,
+            }
+            names = "image_size pool layers untrained amp seed"
+            about |= {name: getattr(options, name) for name in names.split()}
+            about |= {"train": len(sources[0]), "val": len(sources[1]), "torch": torch.__version__}
+            show(about, result, options)
+            values = {k: v for k, v in result.items() if not k.endswith("_how")}
+            print(json.dumps(about | values))
 
 
 if __name__ == "__main__":

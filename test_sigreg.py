@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -63,13 +62,6 @@ def off(got, wanted):
 
 
 # ------------------------------------------------------------------------------------------- losses
-def spectral_reference(z):
-    """The definition, by singular values of the centred batch in float64."""
-    sigma = torch.linalg.svdvals(z.double() - z.double().mean(0))
-    s = sigma / sigma.sum()
-    return (s * torch.log(z.shape[1] * s)).sum()
-
-
 def sketched_reference(z, directions, knots=17, t_max=3.0):
     """The definition, one slice and one knot at a time."""
     t, total = np.linspace(0, t_max, knots), 0.0
@@ -88,35 +80,28 @@ def sketched(z, slices=16):
 
 
 @pytest.mark.parametrize("n, dim", [(256, 16), (64, 128), (17, 17), (2, 8)])
-def test_spectral_is_its_definition(n, dim):
+def test_spectral_is_the_kl_of_the_singular_values_and_forgets_the_scale(n, dim):
     z = gaussian(n, dim) @ torch.diag(torch.logspace(0, -2, dim, dtype=torch.float64)) + 3
     sigma = torch.linalg.svdvals(z - z.mean(0))
     s = (sigma / sigma.sum())[: min(n - 1, dim)]  # of n centred rows n - 1 directions are free
     wanted = (s * torch.log(dim * s)).sum().item()
-    assert sigreg.spectral_sigreg(z).item() == pytest.approx(wanted, abs=1e-10)
+    for scale in (1e-6, 1, 1e6):
+        assert sigreg.spectral_sigreg(scale * z).item() == pytest.approx(wanted, abs=1e-9)
+    assert sigreg.effective_rank(z).item() == pytest.approx(dim * math.exp(-wanted))
+    assert sigreg.embedding_std(z).item() == pytest.approx(z.var(0, correction=0).mean().sqrt())
     if n > dim:
-        grads = [gradient(loss, z)[1] for loss in (sigreg.spectral_sigreg, spectral_reference)]
-        assert off(*grads) <= 1e-8  # the Gram matrix squares a condition number of 100
-
-
-def test_spectral_range_and_scale():
-    flat = torch.linalg.svd(gaussian(64, 9) - gaussian(64, 9).mean(0), full_matrices=False)[0]
-    assert sigreg.spectral_sigreg(flat).item() == pytest.approx(0, abs=1e-12)
-    assert sigreg.effective_rank(flat).item() == pytest.approx(9)
-    z = gaussian(50, 12)
-    value = sigreg.spectral_sigreg(z).item()
-    for scale in (1e-6, 1e-3, 1e3, 1e6):
-        assert sigreg.spectral_sigreg(z * scale).item() == pytest.approx(value, rel=1e-10)
-    assert sigreg.effective_rank(z).item() == pytest.approx(12 * math.exp(-value))
+        plain = gradient(sigreg.spectral_sigreg_plain, z)
+        assert plain[0].item() == pytest.approx(wanted, abs=1e-10)
+        grad = gradient(sigreg.spectral_sigreg, z)[1]
+        assert off(grad, plain[1]) <= 1e-8  # the Gram matrix squares a condition number of 100
 
 
 def degenerate_batches():
-    yield "constant", torch.full((32, 8), 0.3), math.log(8)
     yield "constant random row", gaussian(1, 8).expand(32, 8), math.log(8)
     yield "zeros", torch.zeros(32, 8), math.log(8)
     yield "rank 1", gaussian(32, 1) @ gaussian(1, 8), math.log(8)
     yield "duplicated singular values", torch.eye(8).repeat(4, 1), None
-    for n in (1, 2, 5, 8):
+    for n in (1, 2, 8):
         yield f"N = {n}", gaussian(n, 8), math.log(8) if n < 3 else None
     for scale in (1e-6, 1e6):
         yield f"scale {scale}", scale * gaussian(32, 8), None
@@ -149,18 +134,21 @@ def test_legendre_is_the_gaussian_kl():
     standard = normal(torch.zeros(6).double(), torch.eye(6).double())
     wanted = torch.distributions.kl_divergence(fit, standard).item() / 6
     assert sigreg.legendre_sigreg(z).item() == pytest.approx(wanted, rel=1e-10)
+    value, grad = gradient(sigreg.legendre_sigreg_plain, z)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        fast, slope = gradient(sigreg.legendre_sigreg, z.to(dtype))
+        assert fast.item() == pytest.approx(value.item(), rel=tolerance)
+        assert off(slope, grad) <= 10 * tolerance  # times the covariance's condition, 2600
     white = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(cov)).T
     assert 0 <= sigreg.legendre_sigreg(white) < 1e-6  # the ridge moves the optimum by its square
     assert sigreg.legendre_sigreg(0.1 * white) > 1.5 > sigreg.legendre_sigreg(0.5 * white)
     shifted = sigreg.legendre_sigreg(white + 1).item()
     assert shifted == pytest.approx(0.5, rel=1e-3)  # |1|^2 / 2D per dimension
-    assert torch.autograd.gradcheck(sigreg.legendre_sigreg, gaussian(12, 4).requires_grad_())
 
 
-@pytest.mark.parametrize("n, dim", [(2, 3), (65, 7)])
-def test_plain_sketched_is_its_definition(n, dim):
-    z, directions = gaussian(n, dim), sigreg.random_directions(dim, 5, seed=3).double()
-    for knots, t_max in [(17, 3.0), (9, 2.0), (2, 1.0)]:
+def test_plain_sketched_is_its_definition():
+    z, directions = gaussian(65, 7), sigreg.random_directions(7, 5, seed=3).double()
+    for knots, t_max in [(17, 3.0), (9, 2.0)]:
         settings = {"directions": directions, "knots": knots, "t_max": t_max}
         value, grad = gradient(partial(sigreg.sketched_sigreg_plain, **settings), z)
         wanted, wanted_grad = gradient(partial(sketched_reference, **settings), z)
@@ -169,39 +157,22 @@ def test_plain_sketched_is_its_definition(n, dim):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n, dim", [(2, 1), (17, 768), (256, 64), (2048, 64)])
+@pytest.mark.parametrize("n, dim", [(2, 1), (17, 768), (2048, 64)])
 def test_fast_sketched_is_the_plain_form(n, dim, dtype):
     directions = sigreg.random_directions(dim, 40, seed=3)
     value_off = {torch.float64: 1e-10}.get(dtype, 1e-5)
     # float32: the rounding of an angle of 1200 is 6e-5 of a radian; bfloat16's has 8 bits
     grad_off = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-3}[dtype]
     for scale in (0.01, 1.0, 100.0):
-        z = gaussian(n, dim, seed=n, scale=scale, dtype=dtype)
+        z = gaussian(dim, n, seed=n, scale=scale, dtype=dtype).T  # not contiguous, several blocks
         value, grad = gradient(lambda z: sigreg.sketched_sigreg(z, directions), z)
         plain = lambda z: sigreg.sketched_sigreg_plain(z, directions)
         wanted, wanted_grad = gradient(plain, z.double())
         assert value.item() == pytest.approx(wanted.item(), rel=value_off)
         assert off(grad, wanted_grad) <= grad_off
-
-
-def test_fast_sketched_takes_any_layout_and_refuses_second_derivatives():
-    directions, z = sigreg.random_directions(24, 2000, seed=1), gaussian(24, 300).T
-    wanted, wanted_grad = gradient(lambda z: sigreg.sketched_sigreg_plain(z, directions), z)
-    for strided in (z, torch.stack([z, -z], 2)[..., 0], z.contiguous()):  # rows in blocks of 32
-        value, grad = gradient(lambda z: sigreg.sketched_sigreg(z, directions), strided)
-        assert value.item() == pytest.approx(wanted.item(), rel=1e-10)
-        assert off(grad, wanted_grad) <= 1e-10
     z = z.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(sigreg.sketched_sigreg(z, directions), z, create_graph=True)
-
-
-def test_sketched_knows_the_normal():
-    directions = sigreg.random_directions(32, 64, seed=0)
-    values = [sigreg.sketched_sigreg(gaussian(512, 32, s), directions).item() for s in range(16)]
-    assert 0.9 < np.mean(values) < 1.2  # expectation 1.05; 200 batches gave 1.05 +- 0.16 each
-    for other in (2 * gaussian(4096, 32), torch.zeros(4096, 32)):
-        assert sigreg.sketched_sigreg(other, directions) > 100
 
 
 def test_random_directions_are_uniform_and_of_the_seed():
@@ -224,37 +195,31 @@ def test_sigreg_by_name_draws_once_a_step():
 
 
 @pytest.mark.parametrize("own_masks", [False, True])
-@pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("on, relative", [("pooled", False), ("tokens", True)])
-def test_masked_loss_is_its_definition(on, relative, back, own_masks):
-    """Source A to the letter, and the photographs' default, against plain restatements."""
-    shapes = [(20, 1 + 4, 5), (20, 2, 1 + 3, 5), (20, 2, 3, 5)] + [(20, 2, 4, 5)] * back
+def test_masked_loss_is_its_definition(on, relative, own_masks):
+    """Source A to the letter, and the default with both directions, against plain restatements."""
+    shapes = [(20, 1 + 4, 5), (20, 2, 1 + 3, 5), (20, 2, 3, 5)] + [(20, 2, 4, 5)] * relative
     z = [gaussian(20, math.prod(s[1:]), i).view(s).requires_grad_() for i, s in enumerate(shapes)]
     z_context, z_target, z_pred, *z_back = z
     at = torch.stack([torch.randperm(12, generator=generator(i)) for i in range(20)])
     places = (at[:, :4], at[:, 4:10].view(20, 2, 3), 12) if own_masks else None
-    settings = {"regularizer": sigreg.spectral_sigreg, "relative": relative, "on": on}
+    regularizer = sigreg.spectral_sigreg_plain
+    settings = {"regularizer": regularizer, "relative": relative, "on": on}
     loss = sigreg.masked_loss(*z, masks=places, lam=0.5, **settings)
     context, target = z_context[:, 1:], z_target[:, :, 1:]
-    if own_masks:  # each token less the mean of all tokens with its patch index
-        c, t = context.clone(), target.clone()
-        for x, means, indices in ((context, c, places[0]), (target, t, places[1])):
-            for place in range(12):
-                means[indices == place] = x[indices == place].mean(0)
-        c, t = context - c, target - t
+    c, t = context - context.mean(0), target - target.mean(0)
+    for x, centred, indices in ((context, c, at[:, :4]), (target, t, at[:, 4:10].view(20, 2, 3))):
+        for place in range(12 * own_masks):  # less the mean of all tokens with its patch index
+            here = indices == place
+            centred[here] = x[here] - x[here].mean(0)
+    samples = [torch.cat([z_context, z_target.flatten(1, 2)], dim=1).mean(1)]
+    samples = samples if on == "pooled" else [x.reshape(-1, 5) for x in (c, t)]
+    reg = sum(regularizer(x) for x in samples) / len(samples)
+    if relative:
+        pairs = (z_pred, t), (z_back[0], c[:, None].expand(-1, 2, -1, -1))
+        pred = sum((p - x).square().sum() / x.square().sum() for p, x in pairs) / 2
     else:
-        c, t = context - context.mean(0), target - target.mean(0)
-    if on == "pooled":
-        tokens = torch.cat([z_context, z_target.flatten(1, 2)], dim=1)
-        reg = spectral_reference(tokens.mean(1))
-    else:
-        reg = sum(spectral_reference(x.reshape(-1, 5)) for x in (c, t)) / 2
-    pairs = [(z_pred, t if relative else target)]
-    pairs += [(x, (c if relative else context)[:, None].expand_as(x)) for x in z_back]
-    errors = [
-        (p - x).square().sum() / (x.square().sum() if relative else x.numel()) for p, x in pairs
-    ]
-    pred = sum(errors) / len(errors)
+        pred = (z_pred - target).square().mean()
     wanted = pred + 0.5 * reg, pred, reg
     for value, expected in zip(loss, wanted, strict=True):
         assert value.item() == pytest.approx(expected.item(), rel=1e-10)
@@ -275,7 +240,7 @@ def test_tokens_that_hold_nothing_but_their_place_are_centred_away(own_masks):
         assert sigreg.legendre_sigreg(z.flatten(0, -2)) > 4
 
 
-@pytest.mark.parametrize("views, num_global", [(8, 2), (3, 3), (2, 1)])
+@pytest.mark.parametrize("views, num_global", [(8, 2), (3, 3)])
 def test_multi_view_loss_is_its_definition(views, num_global):
     z, directions = gaussian(views * 20, 6).view(views, 20, 6), sigreg.random_directions(6, 7, 0)
 
@@ -289,17 +254,6 @@ def test_multi_view_loss_is_its_definition(views, num_global):
     (value, grad), (wanted, wanted_grad) = gradient(ours, z), gradient(reference, z)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-10)
     assert off(grad, wanted_grad) <= 1e-10
-
-
-def test_plain_forms_are_the_exact_ones():
-    z = gaussian(200, 7) @ gaussian(7, 7, seed=1) + 0.5
-    plain = sigreg.spectral_sigreg_plain(z).item()
-    assert plain == pytest.approx(sigreg.spectral_sigreg(z).item(), rel=1e-10)
-    value, grad = gradient(sigreg.legendre_sigreg_plain, z)
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        fast, slope = gradient(sigreg.legendre_sigreg, z.to(dtype))
-        assert fast.item() == pytest.approx(value.item(), rel=tolerance)
-        assert off(slope, grad) <= 10 * tolerance  # times the covariance's condition, 2600
 
 
 def test_relative_prediction_loss_is_the_unexplained_share():
@@ -316,37 +270,28 @@ def test_relative_prediction_loss_is_the_unexplained_share():
     assert torch.autograd.grad(relative(flat, flat), flat)[0].isfinite().all()
 
 
-def test_embedding_std():
-    z = 3 * gaussian(50, 12) + 7
-    wanted = z.var(0, correction=0).mean().sqrt().item()
-    assert sigreg.embedding_std(z).item() == pytest.approx(wanted, rel=1e-10)
-
-
 Z4 = torch.zeros(3, 4)
+
+
 MASKED = {"lam": 1, "masks": None, "relative": False, "regularizer": sketched}
 
 
-@pytest.mark.parametrize(
-    "call, says",
-    [
+def test_losses_name_what_is_wrong():
+    views, empty = torch.zeros(4, 5, 3), torch.zeros(4, 0, 3)
+    for call, says in (
         (lambda: sigreg.spectral_sigreg(torch.zeros(3)), "shape"),
         (lambda: sigreg.legendre_sigreg(torch.zeros(0, 4)), "N above 0"),
         (lambda: sigreg.sketched_sigreg(Z4, torch.zeros(5, 6)), "directions"),
         (lambda: sigreg.spectral_sigreg(Z4.long()), "not float"),
         (lambda: sigreg.prediction_loss(Z4, torch.zeros(3, 5)), "shape"),
-        (lambda: sigreg.prediction_loss(Z4[:0], Z4[:0]), "empty"),
-        (lambda: sigreg.multi_view_loss(torch.zeros(4, 0, 3), 2, 0.1, sketched), "empty"),
-        *[
-            (lambda g=g: sigreg.multi_view_loss(torch.zeros(4, 5, 3), g, 0.1, sketched), "1 to V")
-            for g in (0, 9, -1)
-        ],
+        (lambda: sigreg.multi_view_loss(empty, 2, 0.1, sketched), "empty"),
+        (lambda: sigreg.multi_view_loss(views, 0, 0.1, sketched), "1 to V"),
+        (lambda: sigreg.multi_view_loss(views, 9, 0.1, sketched), "1 to V"),
         (lambda: sigreg.masked_loss(Z4, Z4, Z4, on="token", **MASKED), "pooled or tokens"),
         (lambda: sigreg.SIGReg("spectre"), "spectral, legendre"),
-    ],
-)
-def test_losses_name_what_is_wrong(call, says):
-    with pytest.raises(ValueError, match=rf"^sigreg\.py: .*{says}"):
-        call()
+    ):
+        with pytest.raises(ValueError, match=rf"^sigreg\.py: .*{says}"):
+            call()
 
 
 def test_non_finite_input_gives_nan_not_an_exception():
@@ -357,17 +302,17 @@ def test_non_finite_input_gives_nan_not_an_exception():
 
 
 def public_functions():
-    """Every public function of z (64, 96) to a scalar, the masked loss with masks of its own."""
+    """Functions of z (64, 96) to a scalar that use all of sigreg.py, masks of their own as well."""
     a, regularizer = sigreg.random_directions(96, 40, seed=0), sigreg.SIGReg("sketched", 40)
     regularizer.directions = a
     at = torch.randint(9, (8, 8), generator=generator())
-    tokens = lambda z: (
-        z.view(8, 8, 96),
-        z.cos().view(8, 2, 4, 96),
-        z.sin().view(8, 2, 4, 96)[:, :, 1:],
-    )
-    places = at[:, 1:], at.view(8, 2, 4)[:, :, 1:], 9
-    masked = partial(sigreg.masked_loss, masks=places, lam=1.0, regularizer=sigreg.legendre_sigreg)
+    settings = {"masks": (at[:, 1:], at.view(8, 2, 4)[:, :, 1:], 9), "lam": 1.0}
+
+    def masked(z, relative, on):
+        target, pred = z.cos().view(8, 2, 4, 96), z.sin().view(8, 2, 4, 96)[:, :, 1:]
+        kind = {"regularizer": sigreg.legendre_sigreg, "relative": relative, "on": on}
+        return sigreg.masked_loss(z.view(8, 8, 96), target, pred, **settings, **kind)[0]
+
     return {
         "spectral": sigreg.spectral_sigreg,
         "legendre": sigreg.legendre_sigreg,
@@ -376,11 +321,8 @@ def public_functions():
         "legendre_plain": sigreg.legendre_sigreg_plain,
         "sketched_plain": lambda z: sigreg.sketched_sigreg_plain(z, a),
         "embedding_std": sigreg.embedding_std,
-        "effective_rank": sigreg.effective_rank,
-        "centre": lambda z: sigreg.centre(z.view(8, 8, 96), at, 9).pow(3).sum(),
-        "mean_token": lambda z: sigreg.mean_token(*tokens(z)[:2]).pow(3).sum(),
-        "masked": lambda z: masked(*tokens(z), relative=True, on="tokens")[0],
-        "masked_pooled": lambda z: masked(*tokens(z), relative=False, on="pooled")[0],
+        "masked": lambda z: masked(z, True, "tokens"),
+        "masked_pooled": lambda z: masked(z, False, "pooled"),
         "multi_view": lambda z: sigreg.multi_view_loss(z.view(4, 16, 96), 2, 0.1, regularizer)[0],
     }
 
@@ -498,7 +440,7 @@ KINDS = [masks.multi_block_masks, masks.random_masks]
 
 
 @pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("grid", [2, 3, 7, 14, 64, (2, 5), (1, 4), (16, 3)])
+@pytest.mark.parametrize("grid", [2, 3, 14, (1, 4), (16, 3)])
 def test_masks_are_legal_on_any_grid(make, grid):
     height, width = (grid, grid) if isinstance(grid, int) else grid
     for seed, count in itertools.product(range(5), (1, 33)):
@@ -545,21 +487,12 @@ def test_mask_frequencies_are_symmetric(make):
     assert frequency[0].min() > 0.05  # every patch is seen
 
 
-@pytest.mark.parametrize(
-    "make, settings, name",
-    [
-        (masks.multi_block_masks, {"batch_size": 0}, "batch_size"),
-        (masks.multi_block_masks, {"grid": 1}, "grid"),
-        (masks.multi_block_masks, {"num_targets": 0}, "num_targets"),
-        (masks.multi_block_masks, {"target_scale": (0.2, 0.1)}, "target_scale"),
-        (masks.multi_block_masks, {"target_scale": (0.5, 1.0)}, "target_scale"),
-        (masks.multi_block_masks, {"min_context": 0.0}, "min_context"),
-        (masks.random_masks, {"target_scale": (0.0, 0.1)}, "target_scale"),
-    ],
-)
-def test_masks_name_the_impossible_argument(make, settings, name):
-    with pytest.raises(ValueError, match=rf"^masks\.py: {name} "):
-        make(**dict({"batch_size": 4, "grid": 8}, **settings))
+def test_masks_name_the_impossible_argument():
+    wrong = {"batch_size": 0, "grid": 1, "num_targets": 0, "min_context": 0.0}
+    wrong = [*wrong.items(), *(("target_scale", x) for x in ((0.2, 0.1), (0.5, 1.0), (0.0, 0.1)))]
+    for make, (name, value) in itertools.product(KINDS, wrong):
+        with pytest.raises(ValueError, match=rf"^masks\.py: {name} "):
+            make(**{"batch_size": 4, "grid": 8} | {name: value})
 
 
 def test_blocks_have_places_of_their_own_and_contexts_do_not_starve(monkeypatch):
@@ -607,7 +540,7 @@ def test_encoder_sees_only_the_given_patches():
     assert not torch.allclose(encoder(changed), encoder(images))
 
 
-def test_model_sizes_and_names():
+def test_models_are_named_and_refuse_broken_patches():
     sizes = ("vit_b16", 85_798_656), ("vit_l16", 303_301_632), ("vit_h14", 630_764_800)
     with torch.device("meta"):
         for name, parameters in sizes:
@@ -617,9 +550,6 @@ def test_model_sizes_and_names():
             model.vit(name)
     with pytest.raises(ValueError, match="image size 30 .* 24 or 32"):
         model.vit("vit_n8", 30)
-
-
-def test_encoder_refuses_images_of_broken_patches():
     with pytest.raises(ValueError, match=r"^model\.py: images of \(32, 36\) px .* 8 x 8"):
         small_vit()(torch.zeros(1, 3, 32, 36))
 
@@ -636,35 +566,6 @@ def test_encoder_loads_into_timm_at_any_image_size():
         images = torch.randn(2, 3, side, side, generator=generator())
         with torch.no_grad():
             assert (encoder(images) - theirs.forward_features(images)).abs().max() < 2e-4
-
-
-def test_block_is_torchs_layer():
-    torch.manual_seed(0)
-    block = model.Block(32, 4)
-    settings = {"activation": "gelu", "batch_first": True, "norm_first": True}
-    theirs = torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, layer_norm_eps=1e-6, **settings)
-    for p in block.parameters():
-        p.data += 0.3 * torch.randn_like(p)
-    order, state = "attn.qkv attn.proj mlp.fc1 mlp.fc2 norm1 norm2", block.state_dict()
-    values = [state[f"{name}.{kind}"] for name in order.split() for kind in ("weight", "bias")]
-    theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
-    x = torch.randn(2, 5, 32)
-    torch.testing.assert_close(block(x), theirs(x), atol=1e-4, rtol=1e-4)
-
-
-def test_positions_resize():
-    encoder = small_vit(64)
-    encoder.blocks, encoder.norm = torch.nn.ModuleList(), torch.nn.Identity()
-    at = torch.arange(64)
-    encoder.pos_embed.data[0, 1:, :3] = torch.stack([at // 8, at % 8, (-1.0) ** at], dim=1)
-    encoder.patch_embed["proj"].bias.data.zero_()
-    tokens = encoder(torch.zeros(1, 3, 40, 40))[0]
-    torch.testing.assert_close(tokens[0], encoder.cls_token[0, 0] + encoder.pos_embed[0, 0])
-    rows, columns, stripes = tokens[1:, :3].T.view(3, 5, 5)
-    torch.testing.assert_close(rows, columns.T)
-    assert (rows.diff(dim=0) > 1).all() and rows.diff(dim=1).abs().max() < 1e-5
-    torch.testing.assert_close(rows + rows.flip(0), torch.full((5, 5), 7.0))
-    assert stripes.abs().max() < 0.25  # antialiased
 
 
 def test_last_layers_stand_side_by_side():
@@ -712,18 +613,17 @@ def test_predictors_know_places_and_keep_images_apart(make):
     assert not torch.allclose(predict(tokens, context, targets), z)  # CLS is read
 
 
-@pytest.mark.parametrize("width", [1, 4])
-def test_mlp_predictor_is_its_definition(width):
+def test_mlp_predictor_is_its_definition():
     torch.manual_seed(0)
     _, targets = masks.multi_block_masks(3, 8, 2, generator=generator())
-    tokens, predict = gaussian(3, 11 * 32).view(3, 11, 32), model.MLPPredictor(32, 64, width)
+    tokens, predict = gaussian(3, 11 * 32).view(3, 11, 32), model.MLPPredictor(32, 64, width=4)
     predict = predict.double()
     predict.pos_embed.data *= 50
     z = predict(tokens, None, targets)
     for b, k, i in itertools.product(range(3), range(2), range(targets.shape[2])):
         pair = torch.cat([tokens[b].mean(0), predict.pos_embed[0, targets[b, k, i]]])
         hidden = torch.nn.functional.gelu(predict.fc1(pair))
-        assert len(hidden) == 32 * width
+        assert len(hidden) == 128
         torch.testing.assert_close(z[b, k, i], predict.fc2(hidden))
 
 
@@ -780,17 +680,13 @@ def test_multi_view_keeps_the_views_apart():
         torch.testing.assert_close(z, wanted)
 
 
-BACKBONES = ("resnet18", 512), ("convnext_tiny", 768), ("swin_t", 768), ("efficientnet_b0", 1280)
-
-
-@pytest.mark.parametrize("name, dim", BACKBONES)
-def test_backbones_lose_their_classifier(name, dim):
-    encoder = model.build_encoder(name, 64).eval()
-    assert encoder.dim == dim and encoder(torch.zeros(2, 3, 64, 64)).shape == (2, dim)
-    if name == "resnet18":
-        assert encoder.conv1.kernel_size == (3, 3) and encoder.conv1.stride == (1, 1)
-        assert isinstance(encoder.maxpool, torch.nn.Identity)
-        assert model.build_encoder(name, 224).conv1.kernel_size == (7, 7)
+def test_backbones_lose_their_classifier():
+    for name, dim in (("resnet18", 512), ("convnext_tiny", 768), ("swin_t", 768)):
+        encoder = model.build_encoder(name, 64).eval()
+        assert encoder.dim == dim and encoder(torch.zeros(2, 3, 64, 64)).shape == (2, dim)
+    small, large = (model.build_encoder("resnet18", side) for side in (64, 224))
+    assert (small.conv1.kernel_size, large.conv1.kernel_size) == ((3, 3), (7, 7))
+    assert isinstance(small.maxpool, torch.nn.Identity)
 
 
 def step_gradients(flags, at_once, dtype, world=1, rank=0):
@@ -814,14 +710,13 @@ def step_gradients(flags, at_once, dtype, world=1, rank=0):
     return loss.detach(), torch.cat([p.grad.flatten() for p in parameters])
 
 
+ONE = "--directions one --pred mse --sigreg-on pooled"
 PIECES = [
-    "--sigreg spectral --masks-per image --augment color",
-    "--sigreg legendre --masks-per image --sigreg-on tokens --directions both --pred relative",
-    "--sigreg sketched --masks-per batch --sigreg-on tokens",
+    f"{ONE} --sigreg spectral --masks-per image --augment color",
+    "--masks-per image",
+    "--sigreg sketched --lam 0.1",
     "--recipe crops",
-    "--recipe crops --sigreg legendre",
-    "--stop-grad --targets full --masks-per batch --augment color",
-    "--sigreg none",
+    f"{ONE} --stop-grad --targets full",
 ]
 
 
@@ -835,30 +730,11 @@ def test_micro_batches_have_the_gradient_of_the_batch(flags):
     assert off(pieces, whole) <= 1e-5
 
 
-def pieces_rank(rank, folder):
-    join(rank, 2, folder)
-    for i in (1, 2):  # 13 and 12 images: three pieces each
-        result = step_gradients(PIECES[i], 5, torch.float64, 2, rank)
-        if rank == 0:
-            torch.save(result, f"{folder}/{i}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_micro_batches_over_two_uneven_ranks(tmp_path):
-    mp.spawn(pieces_rank, (str(tmp_path),), nprocs=2)
-    for i in (1, 2):
-        loss, gradient = torch.load(tmp_path / f"{i}.pt")
-        wanted, whole = step_gradients(PIECES[i], 25, torch.float64)
-        assert loss.item() == pytest.approx(wanted.item(), rel=1e-10)
-        assert off(gradient, whole) <= 1e-10
-
-
-MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched|--sigreg none|--sigreg-on tokens|--seed 1
---pred relative|--directions both|--targets full|--predictor transformer|--masks random
---masks-per batch|--num-targets 3|--min-context 0.6|--target-scale 0.2 0.2|--augment color
+MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none|--sigreg-on pooled
+--pred mse|--directions one|--targets full|--predictor transformer|--masks random|--masks-per image
+--num-targets 3|--min-context 0.6|--target-scale 0.4 0.4|--augment color|--seed 1
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
---recipe crops --proj-dim 8|--recipe crops --augment color|--sigreg-on tokens --masks-per batch
+--recipe crops --proj-dim 8|--recipe crops --augment color
 --predictor-size 2|--predictor transformer --predictor-size 2"""
 
 
@@ -930,38 +806,18 @@ def test_log_and_checkpoint(trained):
     assert not list(path.parent.glob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--recipe crops --schedule cosine --warmup-epochs 1 --slices 32 --amp",
-        "--model vit_t8 --image-size 40 --masks random --predictor transformer --no-amp",
-    ],
-)
-def test_every_parameter_of_the_encoder_learns(flags, tmp_path):
-    saved = run_train(tmp_path / "ckpt.pt", f"--steps 2 {flags}")
-    torch.manual_seed(0)
-    start = model.vit(saved["args"]["model"], saved["args"]["image_size"]).state_dict()
-    for key in ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.attn.qkv.weight"):
-        assert not torch.equal(saved["encoder"][key], start[key]), f"{key} has no gradient"
-
-
-def test_diagnostics_are_of_the_global_crops():
-    y = gaussian(20 * 8, 6).view(20, 8, 6)
-    args = train.parse_args("--recipe crops --sigreg sketched".split())
-    row = train.diagnostics(args, (y, None), *torch.zeros(3))
-    assert row["erank"] == pytest.approx(sigreg.effective_rank(y[:, :2].reshape(40, 6)).item())
-
-
 def test_learning_rate_is_a_function_of_the_step(tmp_path, few_shapes):
     rates = [train.learning_rate(step, 100, 0.1, 10, "cosine") for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.01 * i for i in range(1, 11)])
     assert rates[-1] == pytest.approx(0, abs=1e-12) and rates[54] == pytest.approx(0.05)
     assert sorted(rates[9:], reverse=True) == rates[9:]
     assert {train.learning_rate(step, 100, 0.1) for step in (1, 50, 100)} == {0.1}
+    with pytest.raises(KeyError, match="cos"):
+        train.learning_rate(1, 100, 0.1, schedule="cos")
     flags = "--schedule cosine --warmup-epochs 1 --batch-size 300 --steps 4 --log-every 1"
     run_train(tmp_path / "ckpt.pt", flags)  # two steps an epoch
     rows = log_of(tmp_path / "ckpt.pt")[1:]
-    assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 5e-4, 0], abs=1e-9)
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, 1e-3, 0], abs=1e-9)
     assert [row["epoch"] for row in rows] == [0, 0, 1, 1]
 
 
@@ -989,17 +845,19 @@ def test_longer_runs_continue_and_other_settings_are_refused(trained, tmp_path, 
     run_train(path)
     assert "finished" in capsys.readouterr().out and path.stat().st_mtime_ns == before
     again = [*TINY, "--ckpt", path]
-    refuse(train.main, [*again, "--lam", "2"], r"lam=1.0, .* says 2.0; .*ckpt.pt and .*ckpt.jsonl")
-    refuse(train.main, [*again, "--ema", "0.5"], "ema=0.0, this command says 0.5")
+    refuse(train.main, [*again, "--lam", "2"], r"lam=1.0, .* says 2.0; .*ckpt.pt")
+    refuse(train.main, [*again, "--schedule", "cosine"], "schedule=constant, .* says cosine")
     longer = run_train(path, "--steps 10 --save-every 4 --log-every 5 --workers 1")
     assert same_weights(longer, run_train(tmp_path / "straight.pt", "--steps 10"))
 
 
-def test_a_cosine_is_not_made_longer(tmp_path, few_shapes):
-    path = tmp_path / "ckpt.pt"
-    run_train(path, "--schedule cosine --steps 2")
-    again = [*TINY, "--ckpt", path, "--schedule", "cosine", "--steps", "4"]
-    refuse(train.main, again, "steps=2, this command says 4")
+def test_a_cosine_is_not_made_longer():
+    now = vars(filled("--schedule cosine --steps 4"))
+    with pytest.raises(SystemExit, match="steps=2, this command says 4"):
+        train.check_settings(Path("a.pt"), now | {"steps": 2}, now)
+    train.check_settings(
+        Path("a.pt"), now | {"steps": 2, "schedule": "constant"}, now | {"schedule": "constant"}
+    )
 
 
 def test_kill_and_resume_is_bit_identical(tmp_path):
@@ -1020,16 +878,12 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
     assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
 
 
-def test_teacher_and_stochastic_depth_resume_bit_by_bit(tmp_path, few_shapes):
-    teacher = "--ema 0.9 --sigreg none --targets full"
-    depth = "--recipe crops --model efficientnet_b0 --batch-size 2 --local-views 0 --image-size 32"
-    for name, flags in (("teacher", teacher), ("depth", depth)):
-        whole = run_train(tmp_path / f"{name}.pt", f"{flags} --steps 4")
-        run_train(tmp_path / f"{name}-cut.pt", f"{flags} --steps 2")
-        cut = run_train(tmp_path / f"{name}-cut.pt", f"{flags} --steps 4")
-        parts = [part for part in ("encoder", "predictor", "teacher") if part in whole]
-        assert same_weights(whole, cut, parts)
-    assert not same_weights(whole, run_train(tmp_path / "other.pt", f"{depth} --steps 4 --seed 1"))
+def test_a_teacher_resumes_bit_by_bit(tmp_path, few_shapes):
+    flags = "--ema 0.9 --sigreg none --targets full --steps"
+    whole = run_train(tmp_path / "whole.pt", f"{flags} 4")
+    run_train(tmp_path / "cut.pt", f"{flags} 2")
+    cut = run_train(tmp_path / "cut.pt", f"{flags} 4")
+    assert same_weights(whole, cut, ("encoder", "predictor", "teacher"))
 
 
 def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
@@ -1046,7 +900,6 @@ def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
     "number, flags",
     [
         (signal.SIGTERM, "--workers 0"),
-        (signal.SIGINT, "--workers 1"),
         (signal.SIGUSR1, "--workers 2 --image-size 104 --model vit_n26"),
     ],
 )
@@ -1059,7 +912,7 @@ def test_signals_save_and_continue(number, flags, tmp_path):
     next(line for line in process.stdout if line.startswith("step 4/"))
     os.killpg(process.pid, number)  # as torchrun does: the loaders get it, too
     rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "saved; the same command continues" in rest and not errors
+    assert process.returncode == 0 and "is saved; the same command continues" in rest and not errors
     assert 4 <= torch.load(cut, weights_only=True)["step"] < 14
     assert same_weights(run_train(cut, flags), run_train(tmp_path / "whole.pt", flags))
     assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
@@ -1070,63 +923,36 @@ def test_a_signal_on_one_rank_stops_all(monkeypatch):
     assert train.on_any_rank([], 2) and not train.on_any_rank([], 1) and train.on_any_rank([15], 1)
 
 
-def test_training_in_a_thread_leaves_signals_alone(tmp_path, few_shapes):
-    before, errors = signal.getsignal(signal.SIGTERM), []
-
-    def job():
-        try:
-            run_train(tmp_path / "ckpt.pt", "--steps 2")
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            errors.append(error)
-
-    thread = threading.Thread(target=job)
-    thread.start(), thread.join()
-    assert not errors and signal.getsignal(signal.SIGTERM) is before
-    assert (tmp_path / "ckpt.pt").exists()
-
-
-def test_a_path_is_claimed_from_the_start(tmp_path):
+def test_a_path_is_claimed_from_the_start(trained, tmp_path):
     """By a checkpoint of step 0 for other settings, by a lock of the log for the same ones."""
     path = tmp_path / "ckpt.pt"
-    command = [
-        sys.executable,
-        str(HERE / "train.py"),
-        *TINY,
-        "--steps",
-        "9999",
-        "--ckpt",
-        str(path),
-    ]
-    first = subprocess.Popen([*command, "--save-every", "99999"], stdout=subprocess.PIPE, text=True)
+    flags = [*TINY, "--steps", "9999", "--ckpt", str(path)]
+    command = [sys.executable, str(HERE / "train.py"), *flags, "--save-every", "99999"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     next(line for line in first.stdout if line.startswith("step"))
-    refuse(train.main, [*command[2:], "--lam", "2"], "lam=1.0, this command says 2.0")
-    refuse(train.main, command[2:], "another run writes .*ckpt.jsonl now")
+    refuse(train.main, [*flags, "--lam", "2"], "lam=1.0, this command says 2.0")
+    refuse(train.main, flags, "another run writes .*ckpt.jsonl now")
     first.kill(), first.communicate()
     run_train(path)  # the same command may, once the first is gone
-
-
-def test_the_log_of_a_run_is_not_overwritten(trained, tmp_path):
-    shutil.copy(trained[0].with_suffix(".jsonl"), tmp_path)
-    before = log_of(tmp_path / "ckpt.pt")
-    refuse(train.main, [*TINY, "--ckpt", tmp_path / "ckpt.pt"], "ckpt.jsonl is the log of a run")
-    assert log_of(tmp_path / "ckpt.pt") == before
+    path.unlink()
+    refuse(train.main, [*TINY, "--ckpt", path], "ckpt.jsonl is the log of a run")
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     """A limit on a file's size stands in for the disk: both end a write in the middle."""
     code = f"""
         import resource, torch, train
-        path = {str(tmp_path / "ckpt.pt")!r}
-        train.save({{}}, {{"x": torch.zeros(10)}}, path, "train.py")
+        args = train.parse_args(["--ckpt", {str(tmp_path / "ckpt.pt")!r}])
+        train.save(args, {{}}, 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        train.save({{}}, {{"x": torch.zeros(1_000_000)}}, path, "train.py")
+        train.save(args, {{"x": torch.nn.Linear(1000, 1000)}}, 2)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r"train.py: cannot write .*ckpt.pt.*\n", done.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
-    assert len(torch.load(tmp_path / "ckpt.pt", weights_only=True)["x"]) == 10
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 1
 
 
 def test_bad_checkpoints(tmp_path, trained):
@@ -1151,101 +977,54 @@ def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, few_shapes):
     assert all(value.isfinite().all() for value in saved["encoder"].values())
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--model vit_z16", "vit_z16.*vit_b16"),
-        ("--model resnet18", "resnet18 has none.*--recipe crops"),
-        ("--recipe crops --model googlenet", "googlenet cannot be a backbone.*swin"),
-        (
-            "--recipe crops --model resnet18 --micro-batch 4",
-            "batch norm.*--micro-batch",
-        ),
-        ("--recipe crops --local-views -1", "local-views.*at least 0"),
-        ("--recipe crops --lam 2", "--lam 2.0 of --recipe crops must be at most 1"),
-        ("--recipe crops --stop-grad", "crops does not take --stop-grad"),
-        ("--recipe crops --local-size 20", "--local-size 20 .*patch of vit_n8"),
-        ("--local-views 2", "masked does not take --local-views"),
-        ("--ema 0.9 --directions both", "--ema.*--directions one"),
-        ("--ema 1", "--ema below 1"),
-        ("--data nowhere", "nowhere.*cifar10"),
-        ("--image-size 30", "image size 30.*24 or 32"),
-        ("--image-size 8", "grid"),
-        ("--lam -1", "--lam -1"),
-        ("--lam nan", "--lam nan"),
-        ("--lr -1", "--lr -1"),
-        ("--steps 0", "--steps 0"),
-        ("--seed 123456789012345", "--seed 123456789012345 must be below"),
-        ("--batch-size 1", "--batch-size 1 "),
-        ("--batch-size 20001", "20001.*20000 images"),
-        ("--device abacus", "--device abacus"),
-        ("--target-scale 0.5 1.5", "target_scale"),
-        ("--min-context 2", "min_context"),
-        ("--ckpt no/such/folder/ckpt.pt", "no such folder"),
-        ("--ckpt run", "--ckpt run must end in .pt"),
-        ("--ckpt /proc/ckpt.pt", "cannot write /proc/ckpt"),
-    ],
-)
-def test_bad_settings_end_in_one_line(flags, says, tmp_path, monkeypatch):
+BAD = """--model vit_z16 | vit_z16.*vit_b16
+--model resnet18 | resnet18 has none.*--recipe crops
+--recipe crops --model googlenet | googlenet cannot be a backbone.*swin
+--recipe crops --model resnet18 --micro-batch 4 | batch norm.*--micro-batch
+--recipe crops --local-views -1 | local-views.*at least 0
+--recipe crops --lam 2 | --lam 2.0 of --recipe crops must be at most 1
+--recipe crops --stop-grad | crops does not take --stop-grad
+--recipe crops --local-size 20 | --local-size 20 .*patch of vit_n8
+--sigreg sketched | --recipe masked --sigreg sketched needs a --lam
+--ema 0.9 --directions both | --ema.*--directions one
+--ema 1 | --ema below 1
+--data nowhere | nowhere is not a folder.*cifar10
+--image-size 30 | image size 30.*24 or 32
+--image-size 8 | grid
+--lam nan | --lam nan
+--lr -1 | --lr -1
+--seed 123456789012345 | --seed 123456789012345 must be below
+--batch-size 20001 | 20001.*20000 images
+--device abacus | --device abacus
+--target-scale 0.5 1.5 | target_scale
+--ckpt no/such/folder/ckpt.pt | no such folder
+--ckpt run | --ckpt run must end in .pt
+--ckpt /proc/ckpt.pt | cannot write /proc/ckpt"""
+
+
+def test_bad_settings_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refuse(train.main, [*TINY, *flags.split()], says)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: train.learning_rate(1, 10, 0.1, schedule="cos"),
-        lambda: train.Shapes(split="test"),
-        lambda: train.open_data("shapes", "", "test"),
-        lambda: probe.read_out(small_vit(), torch.zeros(1, 3, 32, 32), "mean", 1),
-    ],
-)
-def test_misspelt_choices_are_named(call):
-    with pytest.raises(ValueError, match=r"must be one of .*, got '"):
-        call()
+    for line in BAD.splitlines():
+        flags, says = line.split(" | ")
+        refuse(train.main, [*TINY, *flags.split()], says)
+        assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------- defaults by the kind of data
-def test_every_rank_has_an_image():
-    args = train.parse_args(["--batch-size", "2"])
+def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
+    chosen = [filled(f"--data {data}", side=side) for data, side in (("x", 32), ("x", 300))]
+    chosen = [(args.model, args.image_size, args.augment, args.lr) for args in chosen]
+    assert chosen == [("vit_n4", 32, "color", 2e-3), ("vit_s16", 224, "none", 1e-3)]
+    assert filled("--data x --model vit_b16", side=32).image_size == 224  # two patches a side
+    crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
+    assert crops == [0.05, 0.0031] and filled("").lam == 1
+    assert [filled(flags).directions for flags in ("", "--ema 0.9")] == ["both", "one"]
     with pytest.raises(SystemExit, match="--batch-size 2 must be at least 2 and 3 ranks"):
-        train.fill_in(args, 20_000, 32, world=3)
-
-
-def test_lambda_falls_with_the_sample_of_the_sketched_one():
-    for flags, lam in (
-        ("", 0.0016),  # 256 images, some 32 of 64 patches
-        ("--sigreg-on pooled", 0.05),
-        ("--lam 0.1", 0.1),
-        ("--recipe crops", 0.05),
-        ("--recipe crops --batch-size 4096", 0.0031),
-    ):
-        args = train.parse_args(f"--data x --sigreg sketched --device cpu {flags}".split())
-        train.fill_in(args, 50_000, 32, 1)
-        assert args.lam == lam, flags
-
-
-def test_the_statistic_and_lambda_keep_their_product():
-    """What the rule rests on: the sketched value of a batch that is no normal grows like N."""
-    directions, z = sigreg.random_directions(8, 64, seed=0), 1.5 * gaussian(4096, 8)
-    large, small = (sigreg.sketched_sigreg(z[:n], directions).item() for n in (4096, 256))
-    assert large / small == pytest.approx(16, rel=0.2)
-
-
-def test_a_large_network_on_shapes_has_more_samples_than_dimensions(tmp_path, few_shapes, capsys):
-    args = filled("--model vit_b16 --batch-size 256", side=224)
-    assert args.sigreg_on == "tokens" and args.directions == "both" and args.epochs == 5
-    run_train(tmp_path / "a.pt", "--steps 1 --model vit_s8 --batch-size 128")
+        train.fill_in(train.parse_args(["--batch-size", "2"]), 20_000, 32, world=3)
+    run_train(tmp_path / "b.pt", "--steps 1 --sigreg-on pooled")
     said = capsys.readouterr().out
-    assert "shapes, drawn here (--data FOLDER takes your own)" in said and "too few" not in said
-    run_train(tmp_path / "b.pt", "--steps 1")  # 32 pooled vectors of 128 numbers
-    said = capsys.readouterr().out
-    assert "32 vectors of 128 numbers" in said and "--batch-size 256, --sigreg-on tokens" in said
-    run_train(tmp_path / "c.pt", "--steps 1 --recipe crops")
-    assert "32 vectors of 64 numbers a step" in capsys.readouterr().out
-    z = gaussian(32, 128)  # why: the least that a regularizer can be
-    assert sigreg.spectral_sigreg(z) >= math.log(128 / 31) - 1e-12
+    assert "shapes, drawn here (--data FOLDER takes yours)" in said
+    assert "32 vectors of 128 numbers, too few to be white" in said
 
 
 def jpeg_folder(folder, per_class=12, classes=2, size=40):
@@ -1260,10 +1039,9 @@ def jpeg_folder(folder, per_class=12, classes=2, size=40):
 def test_one_image_does_not_choose_the_recipe(tmp_path, capsys):
     folder = jpeg_folder(tmp_path / "photos", per_class=40, size=100)
     Image.new("RGB", (40, 40)).save(folder / "train" / "class0" / "00.jpg")
-    saved = run_train(
-        tmp_path / "ckpt.pt", f"--data {folder} --workers 0 --steps 1 --model vit_n32"
-    )
-    assert "shorter side 40 to 100 px, median 100 of 64" in capsys.readouterr().out
+    flags = f"--data {folder} --workers 0 --steps 1 --model vit_n32"
+    saved = run_train(tmp_path / "ckpt.pt", flags)
+    assert "shorter side 40 to 100 px, median 100" in capsys.readouterr().out
     assert saved["args"]["image_size"] == 224 and saved["args"]["augment"] == "none"
     data = train.open_data(str(folder), "", "train")
     assert train.hold(data, train.sizes_of(data), 0, CPU) is None
@@ -1278,33 +1056,23 @@ def test_shapes_are_a_function_of_seed_and_index():
     assert train.Shapes(50)[0][0].shape == (50, 50, 3)
 
 
-def test_shapes_are_not_linear_in_the_pixels():
-    data = []
-    for split, count in (("train", 1500), ("val", 500)):
-        shapes = [train.Shapes(32, split=split)[i] for i in range(count)]
-        data.append(torch.stack([torch.from_numpy(image).flatten() for image, _ in shapes]) / 255)
-        data.append(torch.tensor([label for _, label in shapes]))
-    assert probe.linear_probe(*data)["linear"] <= 40
-
-
-@pytest.mark.parametrize("name", train.DATASETS)
-def test_splits_are_apart(name, monkeypatch):
-    _, train_split, val_split = train.DATASETS[name]
-    make = lambda root, **settings: settings
-    monkeypatch.setitem(train.DATASETS, name, (make, train_split, val_split))
-    one, two = (train.open_data(name, "", split) for split in ("train", "val"))
-    assert one != two and (one.get("train") or one["split"] in ("train", "trainval"))
-    assert two.get("train") is False or two["split"] in ("val", "test")
+def test_splits_of_named_data_are_apart():
+    for _, first, second in train.DATASETS.values():
+        assert first.get("train") or first["split"] in ("train", "trainval")
+        assert second.get("train") is False or second["split"] in ("val", "test")
 
 
 def test_bad_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, inside in (("empty", ""), ("hollow", "train/dog"), ("classless", "train")):
         (tmp_path / name / inside).mkdir(parents=True)
-        refuse(train.main, [*TINY, "--data", name], f"{name} has no train/<class>")
+        refuse(train.main, [*TINY, "--data", name], f"{name} is not a folder with train/<class>")
+    (tmp_path / "cifar10" / "train").mkdir(parents=True)
+    refuse(train.main, [*TINY, "--data", "cifar10"], "and a folder here; say ./cifar10")
 
 
 def test_every_kind_of_image_file_is_read_right(tmp_path):
+    """Not clipped, upright, on white; what has no range or cannot be read is named."""
     ramp = np.tile(np.linspace(0, 1, 256), (8, 1))
     sixteen = (ramp * 65535).round().astype(np.uint16)
     Image.fromarray(sixteen).save(tmp_path / "16.png")
@@ -1313,131 +1081,83 @@ def test_every_kind_of_image_file_is_read_right(tmp_path):
     eight = Image.fromarray((ramp * 255).round().astype(np.uint8))
     for mode in ("L", "P", "RGB", "RGBA", "CMYK", "LA"):
         eight.convert(mode).save(tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}")
-    for name in ("gif", "jfif", "bmp", "webp"):
-        eight.convert("RGB").save(
-            tmp_path / f"8.{name}", **({"format": "JPEG"} if name == "jfif" else {})
-        )
+    for name in ("gif", "jpg", "bmp", "webp"):
+        eight.convert("RGB").save(tmp_path / f"8.{name}")
     for path in sorted(tmp_path.iterdir()):
         image = np.asarray(train.read_image(path))
         assert image.shape == (8, 256, 3) and image.mean() == pytest.approx(127.5, abs=1), path
         assert len(np.unique(image)) > 100, f"{path}: clipped"
-    for mode, dtype in (("I", np.int32), ("F", np.float32)):
-        Image.fromarray((ramp * 1000).astype(dtype)).save(tmp_path / f"{mode}.tif")
-        with pytest.raises(OSError, match=rf"{mode}\.tif .*no range is known for mode {mode}"):
-            train.read_image(tmp_path / f"{mode}.tif")
-
-
-def test_images_are_upright_and_transparent_pixels_white(tmp_path):
     pixels = np.zeros((4, 6, 4), np.uint8)  # black, and seen in the first row alone
     pixels[0, :, 3] = 255
-    Image.fromarray(pixels).save(tmp_path / "clear.png")
-    image = np.asarray(train.read_image(tmp_path / "clear.png"))
-    assert (image[0] == 0).all() and (image[1:] == 255).all()
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    Image.fromarray(pixels[..., 3]).save(tmp_path / "side.png", exif=exif)
-    image = np.asarray(train.read_image(tmp_path / "side.png"))
-    assert image.shape == (6, 4, 3) and (image[:, -1] == 255).all()
-
-
-def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
-    path = tmp_path / "x.png"
-    for content in (b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 40):
-        path.write_bytes(content)
-        with pytest.raises(OSError, match=r"^train\.py: cannot read image .*x\.png"):
-            train.read_image(path)
-    Image.new("RGB", (40, 40)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a decompression bomb
-    with pytest.raises(OSError, match=r"^train\.py: cannot read image .*x\.png .*exceeds limit"):
-        train.read_image(path)
+    Image.fromarray(pixels).save(tmp_path / "clear.png", exif=exif)
+    image = np.asarray(train.read_image(tmp_path / "clear.png"))
+    assert (image[:, -1] == 0).all() and (image[:, :-1] == 255).all() and image.shape == (6, 4, 3)
+    Image.fromarray((ramp * 1000).astype(np.float32)).save(tmp_path / "F.tif")
+    (tmp_path / "half.png").write_bytes((tmp_path / "16.png").read_bytes()[:60])
+    for name in ("F.tif", "half.png"):
+        with pytest.raises(OSError, match=rf"^train\.py: cannot read image .*{name}"):
+            train.read_image(tmp_path / name)
 
 
 def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     folder = jpeg_folder(tmp_path / "photos", per_class=3)
-    (folder / "train" / "class0" / "loop").symlink_to(folder / "train" / "class0")
-    for name in ("notes.txt", "._00.jpg", "data.csv"):
+    for name in ("notes.txt", "._00.jpg", ".thumbs/x.jpg"):
+        (folder / "train" / "class1" / name).parent.mkdir(exist_ok=True)
         (folder / "train" / "class1" / name).write_text("none")
     Image.new("RGB", (40, 40)).save(folder / "train" / "class1" / "one.gif")
     data = train.open_data(str(folder), "", "train")
-    said = capsys.readouterr().out
-    assert len(data) == 7 and "left out 3 files that are no images (.csv .jpg .txt)" in said
-    assert re.search(r", \d+ images reached again by links", said)
+    assert len(data) == 7 and "left out 3 files, such as " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_loses_no_step(tmp_path, monkeypatch, workers):
-    """Also of a folder that is named otherwise in the command that continues."""
+def test_a_broken_image_ends_in_one_line_and_other_images_are_refused(tmp_path, monkeypatch):
+    """Also in a folder that is named otherwise in the command that continues."""
     monkeypatch.chdir(tmp_path)
     folder = jpeg_folder(tmp_path / "photos", per_class=16, size=100)
     flags = [*TINY, "--batch-size", "4", "--model", "vit_n32", "--image-size", "96", "--workers"]
-    flags += [workers, "--save-every", "100", "--data"]
-    args = train.parse_args([*map(str, flags), "photos"])
+    flags += ["1", "--save-every", "2", "--data"]
     order = [key for batch in train.batch_keys(32, 4, 0, 8, 0, torch.arange(4)) for key in batch]
-    _, last = order[5 * 4 + 1]  # read for the sixth step
-    data = train.open_data(args.data, "", "train")
-    bad = Path(data.samples[last][0])
+    data = train.open_data("photos", "", "train")
+    bad = Path(data.samples[order[7 * 4 + 1][1]][0])  # read for the last step
     good = bad.read_bytes()
     bad.write_bytes(good[: len(good) // 2])  # its header is whole
     refuse(train.main, [*flags, "photos"], rf"cannot read image photos/.*{bad.name}")
-    assert torch.load("ckpt.pt", weights_only=True)["step"] == 5
+    assert torch.load("ckpt.pt", weights_only=True)["step"] == 6
     bad.write_bytes(good)
-    train.main([*map(str, flags), f"{folder}/"])
+    train.main([*flags, f"{folder}/"])
     assert torch.load("ckpt.pt", weights_only=True)["step"] == 8
     (folder / "train" / "class0" / "00.jpg").unlink()
     refuse(train.main, [*flags, "photos", "--steps", "9"], "images=32 .*, this command says 31 ")
 
 
-def test_ranks_with_other_images_are_named(tmp_path):
-    folder = jpeg_folder(tmp_path / "photos", per_class=3)
-    code = """
-        import os, sys
-        sys.path.insert(0, sys.argv[1])
-        import train
-        rank = int(os.environ["RANK"])
-        if rank == 1:
-            honest = train.open_folder
-            train.open_folder = lambda path: [honest(path), honest(path).samples.pop()][0]
-            def open_folder(path):
-                data = honest(path)
-                data.samples.pop()
-                return data
-            train.open_folder = open_folder
-        train.main(sys.argv[2:])
-    """
-    script = tmp_path / "hosts.py"
-    script.write_text(textwrap.dedent(code))
-    flags = f"--data {folder} --batch-size 4 --steps 2 --device cpu --ckpt {tmp_path}/a.pt"
-    done = torchrun(script, HERE, *flags.split())
-    assert done.returncode != 0
-    assert re.search(r"ranks differ in images .*rank 0: 6 .*rank 1: 5 ", done.stderr)
+def test_ranks_with_other_images_are_named(monkeypatch, tmp_path):
+    args = filled(f"--ckpt {tmp_path}/a.pt")
+    args.images = "6 abc"
+    gather = lambda found, own: found.__setitem__(slice(None), [own, (own[0], "5 xyz")])
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(SystemExit, match="ranks differ in .*6 abc.*5 xyz"):
+        train.resume(args, {}, 8, rank=0, world=2)
 
 
 def test_images_are_a_function_of_seed_epoch_and_index():
     source, kinds = train.Shapes(40), [(2, 32, 0.3, 1), (3, 12, 0.05, 0.3)]
-    for crops in ((), kinds[:1], kinds):
-        images = train.Images(source, 32, crops, seed=3)
-        state = torch.get_rng_state()
-        views, label = images[(1, 5)]
-        wanted = [(count, 3, size, size) for count, size, *_ in crops] or [(1, 3, 32, 32)]
-        assert [view.shape for view in views] == wanted and label == 5
-        assert all(view.dtype == torch.uint8 for view in views)
-        assert all(map(torch.equal, views, images[(1, 5)][0]))
-        assert torch.equal(views[0], images[(2, 5)][0][0]) == (crops == ())
-        assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(views[0][0], views[0][1]) and not torch.equal(views[1][0], views[1][1])
+    images, state = train.Images(source, 32, kinds, seed=3), torch.get_rng_state()
+    views, label = images[(1, 5)]
+    assert [view.shape for view in views] == [(2, 3, 32, 32), (3, 3, 12, 12)] and label == 5
+    assert all(map(torch.equal, views, images[(1, 5)][0]))
+    assert torch.equal(torch.get_rng_state(), state)
     keys = itertools.product((0, 1), (0, 1), range(3))
     same = [source[0]] * 3
-    found = [train.Images(same, 32, kinds[:1], s)[e, i][0][0][0].flatten() for s, e, i in keys]
-    assert len({tuple(view.tolist()) for view in found}) == 12
+    found = [train.Images(same, 32, kinds, s)[e, i][0] for s, e, i in keys]
+    every = torch.cat([large.flatten(1) for large, _ in found])
+    assert len(every.unique(dim=0)) == 24  # two views for each seed, epoch and index
 
 
 def test_images_keep_their_aspect():
     image = np.arange(20 * 40 * 3, dtype=np.uint8).reshape(20, 40, 3)
     (view,), _ = train.Images([(image, 0)], 20)[0, 0]
     assert np.array_equal(view[0].permute(1, 2, 0), image[:, 10:30])
-
-
-TABLES = [train.constant(name, CPU) for name in ("luma", "hue")]
 
 
 def test_photometric_is_torchvisions_with_the_same_factors():
@@ -1448,9 +1168,7 @@ def test_photometric_is_torchvisions_with_the_same_factors():
     u[:, 3] = 0.5  # no turn of the hue: the two turn it in different planes
     branches = (4, 0.8), (5, 0.2), (7, 0.5), (8, 0.2)
     assert all(0 < (u[:, i] < p).sum() < 40 for i, p in branches)  # each is taken, and is not
-    for image, draw, got in zip(
-        x, u.tolist(), train.photometric(x, u, *TABLES, 0.5, 0.2), strict=True
-    ):
+    for image, draw, got in zip(x, u.tolist(), train.photometric(x, u, 0.5, 0.2), strict=True):
         if draw[4] < 0.8:
             image = tv.adjust_brightness(image, 1 + (2 * draw[0] - 1) * 0.4)
             image = tv.adjust_contrast(image, 1 + (2 * draw[1] - 1) * 0.4)
@@ -1469,7 +1187,7 @@ def test_hue_turns_by_its_angle():
     x, u = 0.4 + 0.2 * torch.rand(9, 3, 4, 4, generator=generator()), torch.full((9, 9), 0.5)
     u[:, 3] = torch.linspace(0, 1, 9)
     yiq = torch.from_numpy(train.YIQ).float()
-    pair = x, train.photometric(x, u, *TABLES)
+    pair = x, train.photometric(x, u)
     (luma, *before), (same, *after) = (torch.einsum("ic,bchw->ibhw", yiq, y) for y in pair)
     torch.testing.assert_close(luma, same, atol=1e-5, rtol=0)
     turned = torch.complex(*after) / torch.complex(*before)
@@ -1477,13 +1195,7 @@ def test_hue_turns_by_its_angle():
     torch.testing.assert_close(turned, wanted[:, None, None].expand(9, 4, 4), atol=1e-2, rtol=0)
 
 
-def test_blur_widens_with_the_image():
-    x, sigma = torch.rand(2, 3, 60, 60, generator=generator()), torch.tensor([[0.5], [2.0]])
-    for image, s, got in zip(x, sigma, train.blur(x, sigma), strict=True):
-        torch.testing.assert_close(got, tv.gaussian_blur(image, [7, 7], [s.item()] * 2))
-
-
-@pytest.mark.parametrize("height, width, side", [(32, 32, 32), (32, 32, 14), (40, 24, 32)])
+@pytest.mark.parametrize("height, width, side", [(32, 32, 14), (40, 24, 32)])
 def test_resized_crop_is_torchvisions_of_the_same_box(height, width, side):
     x = torch.rand(100, 3, height, width, generator=generator(), dtype=torch.float64)
     u = torch.rand(100, 23, generator=generator(1), dtype=torch.float64)
@@ -1504,34 +1216,21 @@ def test_resized_crop_is_torchvisions_of_the_same_box(height, width, side):
     assert min(sizes) < 0.15 and max(sizes) > 0.75
 
 
-def test_cropping_and_colours_compile_to_one_graph_each():
-    x, u = (
-        torch.rand(6, 3, 32, 32, generator=generator()),
-        torch.rand(6, 23, generator=generator(1)),
-    )
-    whole = partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)
-    view = train.resized_crop(x, u, 14, (0.05, 0.3))
-    torch.testing.assert_close(whole(train.resized_crop)(x, u, 14, (0.05, 0.3)), view)
-    args = view, u[:, :9], *TABLES, 0.5, 0.2
-    torch.testing.assert_close(whole(train.photometric)(*args), train.photometric(*args))
-
-
 def test_every_view_is_drawn_on_its_own():
     image = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator())
-    batch, mine = image.expand(4, -1, -1, -1), torch.arange(4)
-    draw = lambda flags, images, crops, seed: train.draw(
-        filled(f"--batch-size 4 {flags}"), images, crops, mine, 4, seed
-    )
-    views, _ = draw("", [batch[:, None]], (), 1)
+    batch, rows, two = image.expand(4, -1, -1, -1), torch.arange(4), [(2, 32, 0.3, 1)]
     wanted = tv.normalize(batch / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(views[0], wanted)
-    two = [(2, 32, 0.3, 1)]
-    crops, _ = draw("--recipe crops --augment crop", [batch], two, 1)
-    again, _ = draw("--recipe crops --augment crop", [batch], two, 2)
-    colours, _ = draw("--augment color", [batch[:, None]], (), 1)
-    assert [len(views) for views in (crops, again, colours)] == [2, 2, 2]
-    every = torch.cat([*crops, *colours, *again]).flatten(1)
-    assert len(every.unique(dim=0)) >= 20  # one in five colours is left alone
+    args, every = filled("--batch-size 4"), []
+    torch.testing.assert_close(train.draw(args, [batch[:, None]], (), rows, 4, 1)[0][0], wanted)
+    for flags, images, crops in (
+        ("--recipe crops --augment crop", batch, two),
+        ("--augment color", batch[:, None], ()),
+    ):
+        args = filled(f"--batch-size 4 {flags}")
+        for seed in (1, 2):
+            every += train.draw(args, [images], crops, rows, 4, seed)[0]
+    every = torch.cat(every).flatten(1)
+    assert len(every) == 32 and len(every.unique(dim=0)) >= 28  # one in five colours is left alone
 
 
 def test_masks_of_the_batch_are_one_and_of_the_images_many():
@@ -1549,18 +1248,15 @@ def test_masks_of_the_batch_are_one_and_of_the_images_many():
 def test_batches_cover_an_epoch_over_ranks():
     rows = torch.arange(6).tensor_split(4)  # 2, 2, 1, 1
     shares = [list(train.batch_keys(23, 6, 0, 6, 0, part)) for part in rows]
-    assert [len(share[0]) for share in shares] == [2, 2, 1, 1]
-    for epoch in (0, 1):
-        steps = [step for share in shares for step in share[3 * epoch : 3 * epoch + 3]]
-        seen = [key for step in steps for key in step]
-        assert len(set(seen)) == 18 and {e for e, _ in seen} == {epoch}
-    assert list(train.batch_keys(23, 6, 4, 6, 0, rows[1])) == shares[1][4:]
     whole = list(train.batch_keys(23, 6, 0, 6, 0, torch.arange(6)))
     assert whole == [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
-    orders = [train.batch_keys(23, 6, 0, 3, 0, rows[0]), train.batch_keys(23, 6, 3, 6, 0, rows[0])]
-    orders.append(train.batch_keys(23, 6, 0, 3, 1, rows[0]))  # by epoch, and by seed
-    orders = [tuple(i for step in steps for _, i in step) for steps in orders]
-    assert len({*orders}) == 3
+    assert list(train.batch_keys(23, 6, 4, 6, 0, rows[1])) == shares[1][4:]
+    for epoch in (0, 1):
+        keys = [key for batch in whole[3 * epoch : 3 * epoch + 3] for key in batch]
+        assert len({*keys}) == 18 and {e for e, _ in keys} == {epoch}
+    orders = whole[:3], whole[3:], [*train.batch_keys(23, 6, 0, 3, 1, torch.arange(6))]
+    orders = [tuple(i for batch in batches for _, i in batch) for batches in orders]
+    assert len({*orders}) == 3  # by epoch, and by seed
 
 
 @pytest.mark.parametrize(
@@ -1569,7 +1265,6 @@ def test_batches_cover_an_epoch_over_ranks():
         ("", []),
         ("--augment color", [(1, 32, 0.3, 1)]),
         ("--recipe crops", [(2, 32, 0.3, 1), (6, 16, 0.05, 0.3)]),
-        ("--recipe crops --local-views 0", [(2, 32, 0.3, 1)]),
     ],
 )
 def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
@@ -1581,30 +1276,15 @@ def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
     assert torch.equal(batch if kinds else batch[:, 0], wanted)
 
 
-def test_images_of_several_sizes_are_not_held_and_other_errors_are_told(tmp_path, monkeypatch):
+def test_images_of_several_sizes_are_not_held(tmp_path):
     folder = jpeg_folder(tmp_path / "photos")
     data = train.open_data(str(folder), "", "train")
     assert train.hold(data, train.sizes_of(data), 1, CPU).shape == (24, 3, 40, 40)
-    assert train.hold(train.Shapes(100), [(100, 100)], 0, CPU) is None
-    monkeypatch.setattr(train.np, "stack", lambda images: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # not taken for a difference in size
-        train.hold(data, train.sizes_of(data), 0, CPU)
+    for sizes in ([(100, 100)], [(64, 50_000)], [(40, 40), (40, 44)]):  # large, 9.6 GB, two sizes
+        assert train.hold(range(1000), sizes, 0, CPU) is None
     Image.new("RGB", (40, 44)).save(folder / "train" / "class1" / "x.jpg")
     odd = train.open_data(str(folder), "", "train")
     assert train.hold(odd, [(40, 40)], 0, CPU) is None
-
-
-def test_loaded_batches_are_whole_and_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "hold", lambda *arguments: None)  # as if the sizes differed
-    folder, mine = jpeg_folder(tmp_path, per_class=20), torch.arange(37)
-    args = filled(f"--data {folder} --batch-size 37 --workers 1", 40, 40)
-    data = train.open_data(args.data, "", "train")
-    loader, kinds = train.load(args, data, 0, 2, mine, CPU)
-    images = train.Images(data, 40, [(1, 40, 0.3, 1)], args.seed)
-    steps = train.batch_keys(len(data), 37, 0, 2, args.seed, mine)
-    for (views,), keys in zip(loader, steps, strict=True):  # 37 images: three messages
-        assert torch.equal(views, torch.stack([images[key][0][0] for key in keys]))
-    assert kinds == ()
 
 
 @pytest.mark.parametrize("recipe", ["masked", "crops"])
@@ -1623,30 +1303,25 @@ def run_probe(capsys, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-FROZEN = "", "--untrained", "--pool both --layers 2 --shots 1 10", "--image-size 48"
+FROZEN = "", "--untrained", "--pool cls --layers 2 --shots 1 10", "--image-size 48"
 
 
-@pytest.mark.parametrize(
-    "flags", [*FROZEN, "--finetune --steps 3 --batch-size 64", "--pca p.png --export e.pt"]
-)
+@pytest.mark.parametrize("flags", [*FROZEN, "--finetune --steps 3 --batch-size 64"])
 def test_probes_print_and_leave_the_encoder_alone(
     trained, tmp_path, capsys, monkeypatch, few_shapes, flags
 ):
-    monkeypatch.chdir(tmp_path)
     encoders, build = [], probe.build_encoder
     keep = lambda *arguments: encoders.append(build(*arguments)) or encoders[-1]
     monkeypatch.setattr(probe, "build_encoder", keep)
-    shutil.copy(trained[0], "ckpt.pt")
-    probe.main(["ckpt.pt", "--device", "cpu", *flags.split()])
+    result = run_probe(capsys, trained[0], *flags.split())
     torch.manual_seed(0)
     untrained = model.vit("vit_n8", 32).state_dict()
     wanted = untrained if "--untrained" in flags else trained[1]["encoder"]
     state = encoders[0].state_dict()
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert (result["train"], result["val"]) == (600, 200)
     if flags in FROZEN:
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert (result["train"], result["val"]) == (600, 200)
         assert all(0 <= result[name] <= 100 for name in ("knn", "linear", "linear_held_out"))
         assert 1 <= result["erank"] <= 256
         assert result["image_size"] == (48 if "48" in flags else 32)
@@ -1686,79 +1361,47 @@ def test_both_readouts_from_one_pass(trained, capsys, few_shapes):
 
 def test_two_ranks_probe_what_one_does(trained, tmp_path, capsys):
     photos = jpeg_folder(tmp_path / "photos", per_class=13)
-    path = shutil.copy(trained[0], tmp_path)
-    flags = [path, "--device", "cpu", "--workers", "0", "--data", photos, photos]
+    flags = [trained[0], "--device", "cpu", "--workers", "0", "--data", photos]
     one = run_probe(capsys, *flags)
     done = torchrun("probe.py", *flags)
-    assert json.loads(done.stdout.splitlines()[-1]) == one and len(one) == 2
+    assert json.loads(done.stdout.splitlines()[-1]) == one
     tune = "--finetune --epochs 2 --batch-size 8".split()
-    done = torchrun("probe.py", *flags[:-1], *tune)
+    done = torchrun("probe.py", *flags, *tune)
     assert 0 <= json.loads(done.stdout.splitlines()[-1])["finetune"] <= 100
 
 
-def test_finetuning_resumes_bit_by_bit(trained, tmp_path, capsys, monkeypatch, few_shapes):
-    flags = "--finetune --epochs 3 --batch-size 200 --workers 0".split()
-    whole, cut = (shutil.copy(trained[0], tmp_path / f"{name}.pt") for name in ("whole", "cut"))
-    wanted = run_probe(capsys, whole, *flags)
-    honest, calls = train.learning_rate, []
-
-    def failing(*arguments):
-        calls.append(arguments)
-        if len(calls) > 5:  # in the sixth step, after the first pass of three
-            raise KeyboardInterrupt
-        return honest(*arguments)
-
-    monkeypatch.setattr(train, "learning_rate", failing)
-    with pytest.raises(SystemExit, match="interrupted; the same command continues"):
-        run_probe(capsys, cut, *flags)
-    monkeypatch.setattr(train, "learning_rate", honest)
-    path = tmp_path / "cut.finetune-shapes.pt"
-    assert torch.load(path, weights_only=True)["step"] == 3
-    assert run_probe(capsys, cut, *flags)["finetune"] == wanted["finetune"]
-    a, b = (
-        torch.load(tmp_path / f"{n}.finetune-shapes.pt", weights_only=True)
-        for n in ("whole", "cut")
-    )
-    assert a["step"] == b["step"] == 9 and same_weights(a, b, ("encoder", "head"))
-    start = trained[1]["encoder"]
-    assert all(not torch.equal(a["encoder"][name], start[name]) for name in start)
-    refuse(probe.main, [cut, *flags, "--lr", "0.5"], "lr=0.00078125, this command says 0.5")
-
-
-@pytest.mark.parametrize("name", ["vit_n8", "resnet18", "convnext_tiny"])
-def test_finetuning_learns_slower_below_and_decays_matrices(name):
-    encoder = model.build_encoder(name, 64)
+def test_finetuning_learns_slower_below_and_decays_matrices():
+    encoder = small_vit()
     net = probe.Classifier(encoder, 10)
     groups = probe.layer_groups(encoder, net.head, 1e-3, 0.1)
-    named = dict(net.named_parameters())
-    scale = [group["scale"] for group in groups]
-    below = {"vit_n8": 5, "resnet18": 5, "convnext_tiny": 8}[name]
-    assert scale[-1] == 1 and scale[0] == pytest.approx(1e-3**below) and scale == sorted(scale)
-    assert len({*scale}) == 1 + below
-    for (key, p), group in zip(named.items(), groups, strict=True):
-        assert group["params"][0] is p
-        assert group["weight_decay"] == 0.1 * (key.endswith("weight") and p.ndim > 1), key
+    named = [*encoder.named_parameters(), *net.head.named_parameters()]
+    for (name, p), group in zip(named, groups, strict=True):
+        block = re.match(r"blocks\.(\d)", name)
+        below = 4 - int(block[1]) if block else 0 if re.match("norm|weight|bias", name) else 5
+        assert group["params"][0] is p and group["scale"] == pytest.approx(1e-3**below), name
+        assert group["weight_decay"] == 0.1 * (name.endswith("weight") and p.ndim > 1), name
+    resnet = probe.Classifier(model.build_encoder("resnet18", 32), 10)
+    assert {g["scale"] for g in probe.layer_groups(resnet.encoder, resnet.head, 0.5, 0.1)} == {1}
 
 
-def test_finetuning_trains_and_scores_what_it_says(tmp_path, few_shapes):
+def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
     """In training mode; scored are the tuned weights, in evaluation mode."""
     flags = "x --finetune --steps 3 --batch-size 32 --lr 0.01 --device cpu --workers 0"
-    options, encoder, modes = probe.parse_args(flags.split()), small_vit().eval(), []
-    encoder.blocks[0].register_forward_hook(lambda module, *_: modes.append(module.training))
-    path, sets = tmp_path / "f.pt", [train.Shapes(32, 0, split) for split in ("train", "val")]
-    found = probe.finetune(encoder, "x", *sets, 32, options, path)["finetune"]
+    options, start, modes, nets = probe.parse_args(flags.split()), small_vit().eval(), [], []
+    build = probe.Classifier
+    monkeypatch.setattr(probe, "Classifier", lambda *a: nets.append(build(*a)) or nets[-1])
+    start.blocks[0].register_forward_hook(lambda module, *_: modes.append(module.training))
+    sets = [train.Shapes(32, 0, split) for split in ("train", "val")]
+    found = probe.finetune(start, *sets, 32, options, CPU)["finetune"]
     assert modes == [True] * 3 + [False] * 4  # 200 images, 64 at once
-    saved, head = torch.load(path, weights_only=True), torch.nn.Linear(128, 10)
-    encoder.load_state_dict(saved["encoder"]), head.load_state_dict(saved["head"])
+    encoder, head = nets[0].encoder, nets[0].head
+    for p, q in zip(encoder.parameters(), start.parameters(), strict=True):
+        assert not torch.equal(p, q)
     x, y = probe.extract_features(encoder, train.Images(sets[1], 32))
     assert found == pytest.approx(100 * (head(x).argmax(1) == y).float().mean().item(), abs=0.01)
-    rates = [group["lr"] / group["scale"] for group in saved["optimizer"]["param_groups"]]
-    assert rates == pytest.approx([rates[0]] * len(rates))
 
 
-def test_pca_picture_shows_the_variance_in_bounded_memory(
-    trained, tmp_path, monkeypatch, few_shapes
-):
+def test_pca_picture_shows_the_variance_in_bounded_memory(tmp_path, monkeypatch):
     encoder, images = small_vit(), torch.rand(3, 3, 64, 64, generator=generator())
     picture = probe.pca_picture(encoder, images, 64)
     assert picture.shape == (3, 2 * 68 + 4, 4 * 68 + 4) and 0 <= picture.min() <= picture.max() <= 1
@@ -1771,70 +1414,50 @@ def test_pca_picture_shows_the_variance_in_bounded_memory(
     assert correlation**2 > 0.98  # cut at the percentiles
     sides = []
     monkeypatch.setattr(probe, "pca_picture", lambda e, x, side: sides.append(x.shape[-1]) or x[0])
-    for size in (32, 96, 224, 384):
-        sets = [train.Shapes(size, 0, split) for split in ("train", "val")]
-        options = probe.parse_args(["x", "--pca", str(tmp_path / "p.png")])
-        probe.run(encoder, "shapes", sets, size, 0, options, CPU)
-    assert sides == [128, 384, 448, 384]
+    for size in (32, 224, 384):
+        probe.save_pca(encoder, train.Shapes(size, 0, "val"), size, tmp_path / "p.png", CPU)
+    assert sides == [128, 448, 384]
 
 
-def test_export_says_how_to_use_it_and_timm_gets_our_features(
-    trained, tmp_path, capsys, few_shapes
-):
-    about = {"model": "vit_n8", "image_size": 32, "recipe": "masked", "step": 8}
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+def test_export_has_the_probes_features_in_our_vit_and_in_timms(trained, tmp_path, capsys):
     probe.main([str(trained[0]), "--export", str(tmp_path / "e.pt"), "--device", "cpu"])
     said, saved = capsys.readouterr().out, torch.load(tmp_path / "e.pt", weights_only=True)
-    assert about.items() <= saved.items() and (saved["mean"], saved["std"]) == (mean, std)
-    assert str(mean) in said and str(std) in said
-    # README's five lines
-    encoder = model.vit(saved["model"], saved["image_size"]).eval()
+    about = {"model": "vit_n8", "image_size": 32, "recipe": "masked", "step": 8}
+    assert about.items() <= saved.items() and saved["mean"] == [0.485, 0.456, 0.406]
+    encoder = model.vit(saved["model"], saved["image_size"]).eval()  # README's five lines
     encoder.load_state_dict(saved["state_dict"])
-    images = train.Images(train.Shapes(32, 0, "val"), 32)
-    x = torch.cat([images[0, i][0][0] for i in range(20)]) / 255
-    x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    wanted = probe.extract_features(encoder, images)[0][:20]
+    mean, std = (torch.tensor(saved[name])[:, None, None] for name in ("mean", "std"))
+    images = train.Images(torch.utils.data.Subset(train.Shapes(32, 0, "val"), range(20)), 32)
+    x = (torch.cat([images[0, i][0][0] for i in range(20)]) / 255 - mean) / std
+    wanted, _ = probe.extract_features(encoder, images)
     torch.testing.assert_close(encoder(x)[:, 1:].mean(1), wanted, atol=1e-4, rtol=1e-4)
-    pytest.importorskip("safetensors")
-    from safetensors import safe_open
-
-    probe.main([str(trained[0]), "--export", str(tmp_path / "e.safetensors"), "--device", "cpu"])
-    with safe_open(tmp_path / "e.safetensors", "pt") as file:
-        assert {
-            name: str(value) for name, value in about.items()
-        }.items() <= file.metadata().items()
-        assert json.loads(file.metadata()["mean"]) == mean
-        assert all(torch.equal(file.get_tensor(name), p) for name, p in saved["state_dict"].items())
     timm = pytest.importorskip("timm")
     theirs = eval(re.search(r"timm\..*\)", said)[0], {"timm": timm}).eval()
     theirs.load_state_dict(saved["state_dict"], strict=True)
     torch.testing.assert_close(theirs(x), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--layers 9", "vit_n8 has 4 blocks"),
-        ("--image-size 36", "36, 36.* px are not whole patches of 8 x 8"),
-        ("--shots 0", "at least 1"),
-        ("--lr 0", "--lr 0.0 must be at least"),
-        ("--data a b --pca x.png", "one data set"),
-        ("--finetune --layers 2", "leave them out"),
-        ("--device quantum", "--device quantum"),
-        ("--seed 99999999999", "--seed 99999999999 must be below"),
-        ("--export ckpt.pt", "would overwrite the checkpoint"),
-        ("--export ./ckpt.pt", "would overwrite the checkpoint"),
-        ("--export enc.onnx", "enc.onnx must end in .pt or .safetensors"),
-        ("--export nowhere/enc.pt", "in a folder that exists"),
-        ("--pca p.xyz", "p.xyz must end in .png"),
-        ("--pca nowhere/p.png", "in a folder that exists"),
-    ],
-)
-def test_bad_probes_end_in_one_line(trained, tmp_path, monkeypatch, few_shapes, flags, says):
+BAD_PROBES = """--layers 9 | vit_n8 has 4 blocks
+--image-size 36 | 36, 36.* px are not whole patches of 8 x 8
+--shots 0 | at least 1
+--lr 0 | --lr 0.0 must be at least
+--finetune --layers 2 | leave them out
+--device quantum | --device quantum
+--seed 99999999999 | --seed 99999999999 must be below
+--export ckpt.pt | would overwrite the checkpoint
+--export enc.onnx | enc.onnx must end in .pt
+--export nowhere/enc.pt | in a folder that exists
+--pca p.xyz | p.xyz must end in .png
+--finetune --export e.pt | before --finetune; leave one out"""
+
+
+def test_bad_probes_end_in_one_line(trained, tmp_path, monkeypatch, few_shapes):
     monkeypatch.chdir(tmp_path)
     shutil.copy(trained[0], "ckpt.pt")
-    refuse(probe.main, ["ckpt.pt", "--device", "cpu", *flags.split()], says)
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    for line in BAD_PROBES.splitlines():
+        flags, says = line.split(" | ")
+        refuse(probe.main, ["ckpt.pt", "--device", "cpu", *flags.split()], says)
+        assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     assert (tmp_path / "ckpt.pt").read_bytes() == trained[0].read_bytes()
 
 
@@ -1846,39 +1469,31 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
     (photos / "val" / "class2").rename(tmp_path / "aside")
     (photos / "train" / "class1").rename(tmp_path / "aside" / "more")
     refuse(probe.main, flags, "of at least two classes")
+    refuse(probe.main, [*flags, "--finetune"], "needs two classes")
 
 
 def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
-    flags = "--steps 1 --recipe crops --model resnet18 --batch-size 4 --local-views 0"
-    saved = run_train(tmp_path / "ckpt.pt", flags)
+    path = tmp_path / "ckpt.pt"
+    run_train(path, "--steps 1 --recipe crops --model resnet18 --batch-size 4 --local-views 0")
     photos = jpeg_folder(tmp_path / "photos")
     for extra in ([], "--finetune --steps 2 --batch-size 12".split()):
-        found = run_probe(capsys, tmp_path / "ckpt.pt", "--data", photos, "--workers", "0", *extra)
+        found = run_probe(capsys, path, "--data", photos, "--workers", "0", *extra)
         assert found["val"] == 24
-    assert any("running_mean" in name for name in saved["encoder"])
-    for flag, says in (
-        ("--pool cls", "--pool cls"),
-        ("--layers 2", "--layers"),
-        ("--pca x.png", "--pca"),
-    ):
-        refuse(probe.main, [tmp_path / "ckpt.pt", *flag.split()], f"{says} needs a ViT")
+    for flags in ("--pool cls", "--layers 2", "--pca x.png"):
+        refuse(probe.main, [path, *flags.split()], f"{flags.split()[0]}.* needs a ViT")
 
 
-@pytest.mark.parametrize("train_y", [[1, 1, 1, 1], [0, 1, 0, -1]])
-def test_probes_name_impossible_labels(train_y):
-    arguments = torch.randn(4, 3), torch.tensor(train_y), torch.randn(2, 3), torch.tensor([0, 1])
-    for call in (probe.knn_probe, probe.linear_probe, partial(probe.few_shot_probe, shots=1)):
-        with pytest.raises(ValueError, match="^probe.py: the training split needs labels"):
-            call(*arguments)
-
-
-def test_probes_name_too_few_images():
-    x, y = torch.randn(6, 3), torch.arange(3)
+def test_probes_name_impossible_labels_and_too_few_images():
+    x = torch.randn(4, 3)
+    for y in (torch.tensor([1, 1, 1, 1]), torch.tensor([0, 1, 0, -1])):
+        for call in (probe.knn_probe, probe.linear_probe, partial(probe.few_shot_probe, shots=1)):
+            with pytest.raises(ValueError, match="^probe.py: the training split needs labels"):
+                call(x, y, x, y)
+    y = torch.arange(4)
     with pytest.raises(ValueError, match="one training image a class"):
-        probe.linear_probe(x[:3], y, x[3:], y)
+        probe.linear_probe(x, y, x, y)
     with pytest.raises(ValueError, match="--shots 2, but class 0 has 1$"):
-        probe.few_shot_probe(x[:3], y, x[3:], y, shots=2)
-    assert 0 <= probe.few_shot_probe(x[:3], y, x[3:], y, shots=1)["1-shot"] <= 100
+        probe.few_shot_probe(x, y, x, y, shots=2)
 
 
 def test_features_are_of_normalised_images(few_shapes):
@@ -1886,7 +1501,7 @@ def test_features_are_of_normalised_images(few_shapes):
     x = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in data]) / 255
     tokens = encoder(tv.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     cls, avg = tokens[:, 0], tokens[:, 1:].mean(1)
-    for pool, wanted in (("cls", cls), ("avg", avg), ("both", torch.cat([avg, cls], dim=1))):
+    for pool, wanted in (("cls", cls), ("avg", avg)):
         found, labels = probe.extract_features(encoder, train.Images(data, 32), pool, batch_size=2)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         assert labels.tolist() == [0, 1, 2, 3, 4]
@@ -1894,16 +1509,7 @@ def test_features_are_of_normalised_images(few_shapes):
         probe.extract_features(encoder.train(), train.Images(data, 32))
 
 
-def test_probes_on_known_features():
-    labels, noise = torch.arange(300) % 3, gaussian(300, 3, dtype=torch.float32)
-    x = 4 * torch.eye(3)[labels] + noise
-    halves = x[:200], labels[:200], x[200:], labels[200:]
-    assert probe.knn_probe(*halves)["knn"] > 95 and probe.linear_probe(*halves)["linear"] > 95
-    shuffled = labels[torch.randperm(300, generator=generator())]
-    assert probe.linear_probe(x[:200], shuffled[:200], x[200:], shuffled[200:])["linear"] < 60
-
-
-@pytest.mark.parametrize("k", [1, 3, 20, 1000])
+@pytest.mark.parametrize("k", [1, 20, 1000])
 def test_knn_is_brute_force(k):
     y, w = torch.arange(300) % 7, torch.arange(50) % 7
     x, v = (gaussian(len(c), 8, i) + 0.7 * gaussian(7, 8, 3)[c] for i, c in ((1, y), (2, w)))
@@ -2010,13 +1616,6 @@ def test_files_can_be_copied_alone(files, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("script", ["train.py", "probe.py"])
-def test_help_fits_a_screen(script):
-    command = [sys.executable, str(HERE / script), "--help"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert len(lines) <= 80 and max(map(len, lines)) <= 100
-
-
 def test_readmes_loss_code_is_the_code():
     """A fenced function of README equals the one in sigreg.py, less its docstring and comments."""
     blocks = re.findall(r"```python\n(def .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
@@ -2043,8 +1642,7 @@ def test_readme_and_results_agree_with_the_table():
         assert {*shown} <= known, {*shown} - known
 
 
-def test_slips_of_a_caller_are_named(tmp_path, monkeypatch, trained, few_shapes):
-    """Found by trying the files in other ways than train.py does."""
+def test_slips_of_a_caller_are_named():
     z, places = torch.ones(4, 3, 5), torch.tensor([[0, 5, 15]]).expand(4, -1)
     with pytest.raises(RuntimeError, match="out of bounds"):
         sigreg.centre(z, places, 4)  # the grid's side in place of the number of patches
@@ -2052,25 +1650,6 @@ def test_slips_of_a_caller_are_named(tmp_path, monkeypatch, trained, few_shapes)
         model.gather_tokens(z, places[:1])
     with pytest.raises(ValueError, match=r"batch norm is of whole batches: no at_once"):
         model.MultiView(model.build_encoder("resnet18", 32), None, 1, at_once=2)
-    strips = [(64, 50_000)] * 3
-    assert train.hold(range(1000), strips, 0, CPU) is None  # 9.6 GB
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cifar10" / "train").mkdir(parents=True)
-    refuse(
-        train.main, [*TINY, "--data", "cifar10"], "a name of ours and a folder here; say ./cifar10"
-    )
-    photos = jpeg_folder(tmp_path / "photos", per_class=3)
-    (photos / "train" / "class0" / ".thumbs").mkdir()
-    Image.new("RGB", (40, 40)).save(photos / "train" / "class0" / ".thumbs" / "x.jpg")
-    assert len(train.open_data(str(photos), "", "train")) == 6
-    alone = jpeg_folder(tmp_path / "alone", per_class=3, classes=1)
-    flags = [trained[0], "--data", alone, "--finetune", "--device", "cpu", "--workers", "0"]
-    refuse(probe.main, flags, "of at least two classes")
-    refuse(probe.main, [*flags, "--export", "e.pt"], "before --finetune; leave one out")
-
-
-def test_the_log_of_a_new_run_has_its_own_header(tmp_path, few_shapes):
-    path = tmp_path / "ckpt.pt"
-    path.with_suffix(".jsonl").write_text('{"command": "another", "args": {}}\n')
-    run_train(path, "--steps 1")
-    assert log_of(path)[0]["args"]["steps"] == 1
+    for call in (lambda: train.Shapes(split="test"), lambda: train.open_data("shapes", "", "test")):
+        with pytest.raises(ValueError, match="test"):
+            call()

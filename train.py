@@ -1,6 +1,6 @@
 """Train LeJEPA: one encoder, one loss, prediction + SIGReg; no teacher, no stop-gradient.
 
-    python train.py                                         # images made here: 1 to 2 minutes
+    python train.py                                         # images drawn here: 1 to 2 minutes
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data photos                           # a folder: photos/train/<class>/*.jpg
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
@@ -8,8 +8,8 @@
 
 `--recipe masked` (source A, the default) hides blocks of the image from the encoder and predicts
 their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several crops of an image and
-pulls their projections together. The loop comes first, then its helpers: steps, data, checkpoints,
-command line. (--ema and --stop-grad are there for comparison.)
+pulls their projections together. The loop comes first, then what it calls: steps, log, checkpoints,
+data, command line. (--ema and --stop-grad are there for comparison.)
 
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
@@ -31,7 +31,6 @@ import pickle
 import re
 import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from functools import cache, partial
@@ -59,14 +58,14 @@ def train(args, data, device, rank, world):
     encoder, optimizer, teacher = parts["encoder"], parts["optimizer"], parts.get("teacher")
     per_epoch = len(data) // args.batch_size
     total, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    done, log = start(args, parts, total, rank, world)  # done: steps of the checkpoint
+    done = resume(args, parts, total, rank, world)  # steps of the checkpoint
     if done >= total:
         return
+    log = Log(args, parts, done, total) if rank == 0 else None
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
-    loader, crops_left = load(args, data, done, total, rows, device)
-    batches, caught = OneAhead(loader), catch_signals()
+    batches, crops_left = load(args, data, done, total, rows, device)
     net, grid = parallel(net, args, device), getattr(encoder, "grid", None)
-    update_teacher = get_ema_multi_avg_fn(args.ema)
+    update_teacher, caught = get_ema_multi_avg_fn(args.ema), catch_signals()
     healthy = torch.ones((), dtype=torch.bool, device=device)
     for step, images in enumerate(batches, done + 1):
         seed = args.seed * 100_003 + step
@@ -84,7 +83,7 @@ def train(args, data, device, rank, world):
         if teacher:  # --ema, for comparison with I-JEPA
             update_teacher(list(teacher.parameters()), list(encoder.parameters()), None)
         healthy &= loss.detach().isfinite()  # stays on the GPU: to read it is to wait for it
-        stop = on_any_rank(caught or batches.error, world)  # a signal, or an unreadable image
+        stop = on_any_rank(caught, world)
         log_now = step % args.log_every == 0 or step == total
         save_now = step % args.save_every == 0 or step == total or stop
         if log_now or save_now:  # no bad step overwrites a good checkpoint
@@ -92,13 +91,11 @@ def train(args, data, device, rank, world):
         if log_now:
             measured = diagnostics(args, embeddings, loss, pred, reg)  # over all ranks
             if rank == 0:
-                rate = optimizer.param_groups[0]["lr"]
-                log.write(step, (step - 1) // per_epoch, measured, rate, batches.waited)
+                log.write(step, (step - 1) // per_epoch, measured, optimizer.param_groups[0]["lr"])
         if save_now and rank == 0:
-            save(parts, {"step": step, "args": vars(args)}, args.ckpt, "train.py")
+            save(args, parts, step)
         if stop:
             break
-    finish(step, total, batches.error, args.ckpt, rank, world)
 
 
 # ----------------------------------------------------- what the loop is made of, in order of use
@@ -143,14 +140,15 @@ def parallel(net, args, device):
         # with these torch 2.11 crashes on GPUs where sizes change (pytorch #181563), 2.14 does not
         off = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
         options = off if dynamic and old else None
-        if getattr(args, "micro_batch", None):  # checkpoints stay outside of what is compiled
+        if args.micro_batch:  # checkpoints stay outside of what is compiled
             net.embed = torch.compile(net.embed, dynamic=dynamic, options=options)
         else:
             net.compile(dynamic=dynamic, options=options)
     if dist.is_initialized():
-        if device.type == "cuda":  # batch norm over the global batch, as SIGReg is
+        on_gpu = device.type == "cuda"
+        if on_gpu:  # batch norm over the global batch, as SIGReg is
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        net = DistributedDataParallel(net, [device] if device.type == "cuda" else None)
+        net = DistributedDataParallel(net, [device] if on_gpu else None)
         net.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
     return net
 
@@ -175,11 +173,10 @@ def draw(args, batch, crops_left, rows, grid, seed):
     """
     device, count, masks = batch[0].device, args.batch_size, ()
     generator = torch.Generator().manual_seed(seed)
-    crop, recolor = (compiled(f) if args.compile else f for f in (resized_crop, photometric))
     images, views = [part / 255 for part in batch], []
     for number, size, *scale in crops_left:
         draws = torch.rand(number, count, 23, generator=generator)[:, rows]
-        views += [crop(images[0], send(u, device), size, scale) for u in draws]
+        views += [resized_crop(images[0], send(u, device), size, scale) for u in draws]
     views = views or [view for part in images for view in part.unbind(1)]
     if args.recipe == "masked":
         masks = draw_masks(args, grid, count if args.masks_per == "image" else 1, generator)
@@ -188,12 +185,8 @@ def draw(args, batch, crops_left, rows, grid, seed):
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops alone
         more = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
         draws = send(torch.rand(len(views), count, 9, generator=generator)[:, rows], device)
-        tables = constant("luma", device), constant("hue", device)
-        views = [recolor(x, u, *tables, *more) for x, u in zip(views, draws, strict=True)]
+        views = [photometric(x, u, *more) for x, u in zip(views, draws, strict=True)]
     return [normalize(view) for view in views], masks
-
-
-compiled = cache(partial(torch.compile, dynamic=False))  # once for each function
 
 
 def send(x, device):
@@ -211,31 +204,21 @@ def loss_of(args, embeddings, masks, encoder, regularizer):
     return sigreg.masked_loss(*embeddings, masks=places, regularizer=regularizer, **settings)
 
 
-def check_choice(what, value, choices):
-    """ValueError, with the names there are, for another one."""
-    if value not in choices.split():
-        raise ValueError(f"train.py: {what} must be one of {choices}, got {value!r}")
-
-
 def learning_rate(step, total, lr, warmup=0, schedule="constant"):
     """Rate of step 1 .. total: lr, a linear rise over `warmup` steps, then `schedule`."""
-    check_choice("schedule", schedule, "constant cosine")
     rise = min(step / warmup, 1) if warmup else 1
     progress = max(step - warmup, 0) / max(total - warmup, 1)
-    return lr * rise * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
+    return lr * rise * {"constant": 1, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
 
 
-def signals():
-    """Those that save first; outside of the main thread, where Python catches none, none."""
-    main = threading.current_thread() is threading.main_thread()
-    return (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if main else ()
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT  # the run saves, then ends
 
 
 def catch_signals():
     """A list that is empty until this process gets one of the signals."""
     caught = []
-    for name in signals():
-        signal.signal(name, lambda number, _: caught.append(number))
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: caught.append(number))
     return caught
 
 
@@ -245,29 +228,6 @@ def on_any_rank(happened, world):
     if world > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def start(args, parts, total, rank, world):
-    """Steps done by the checkpoint, and rank 0's log. A new run saves step 0: the path is taken."""
-    done, log = resume("train.py", Path(args.ckpt), parts, vars(args), total, rank, world), None
-    if rank == 0 and (done or 0) < total:
-        warn_of_small_sample(args, parts["encoder"])
-        log = Log(args, done, total)
-        if done is None:
-            save(parts, {"step": 0, "args": vars(args)}, args.ckpt, "train.py")
-    return done or 0, log
-
-
-def warn_of_small_sample(args, encoder):
-    """One line where SIGReg's sample has no more rows than dimensions."""
-    dim, count = encoder.dim if args.recipe == "masked" else args.proj_dim, args.batch_size
-    if args.sigreg_on == "tokens":
-        least = min(args.min_context, args.num_targets * args.target_scale[0])
-        count *= max(int(least * encoder.grid**2), 1)
-    if args.sigreg != "none" and count <= dim:
-        few = f"SIGReg sees {count} vectors of {dim} numbers a step, too few to be white"
-        more = ", --sigreg-on tokens" * (args.sigreg_on == "pooled")
-        print(f"train.py: {few}: take --batch-size {2 * dim}{more} or a narrower network")
 
 
 def check_health(healthy, net, step, ckpt):
@@ -285,21 +245,24 @@ def diagnostics(args, embeddings, loss, pred, reg):
         features = sigreg.mean_token(*embeddings[:2])  # (B, D)
     else:
         features = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B G, width)
-    erank, std = sigreg.effective_rank(features), sigreg.embedding_std(features)
-    row = {"loss": loss, "pred": pred, args.sigreg: reg, "erank": erank, "std": std}
-    peak = (
-        {"gb": torch.cuda.max_memory_allocated(features.device) / 2**30} if features.is_cuda else {}
-    )
-    return {name: value.item() for name, value in row.items()} | peak
+    row = {"loss": loss, "pred": pred, args.sigreg: reg}
+    row |= {"erank": sigreg.effective_rank(features), "std": sigreg.embedding_std(features)}
+    row = {name: value.item() for name, value in row.items()}
+    if features.is_cuda:
+        row["gb"] = torch.cuda.max_memory_allocated(features.device) / 2**30
+    return row
 
 
+# ---------------------------------------------------------------------------- log and checkpoints
 class Log:
-    """The screen and ckpt.jsonl, which keeps the steps up to `done`, locked while the run lasts.
-    Exits where another run writes it, or where it is of a run whose checkpoint is gone."""
+    """The screen and ckpt.jsonl, locked while the run lasts. A new run saves its step 0 as well.
 
-    def __init__(self, args, done, total):
-        path = Path(args.ckpt).with_suffix(".jsonl")
-        self.args, self.total, self.logged = args, total, done or 0
+    Exits where another run writes the log, or where it is of a run whose checkpoint is gone.
+    """
+
+    def __init__(self, args, parts, done, total):
+        ckpt, path = Path(args.ckpt), Path(args.ckpt).with_suffix(".jsonl")
+        self.total, self.batch_size, self.last = total, args.batch_size, done
         try:
             self.file = path.open("a+", buffering=1)  # line by line
         except OSError as error:
@@ -312,39 +275,103 @@ class Log:
             pass
         self.file.seek(0)
         lines = self.file.readlines()
-        if done is None and len(lines) > 1:
-            sys.exit(f"train.py: {path} is the log of a run without {args.ckpt}; move the log, too")
-        # after a resume each step stands once, and a line cut short by a kill goes
+        if lines and not ckpt.exists():
+            sys.exit(f"train.py: {path} is the log of a run without {ckpt}; move the log, too")
+        if not ckpt.exists():
+            save(args, parts, 0)
+        dim = args.proj_dim if args.recipe == "crops" else parts["encoder"].dim
+        if args.batch_size <= dim and (args.recipe == "crops" or args.sigreg_on == "pooled"):
+            few = f"SIGReg sees {args.batch_size} vectors of {dim} numbers, too few to be white"
+            print(f"train.py: {few}: take a larger batch, or tokens (--sigreg-on)")
+        # each step stands once, and a line cut short by a kill goes
         whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line).get("step", 0) <= self.logged]
-        header = json.dumps({"command": " ".join(sys.argv), "args": vars(args)}) + "\n"
-        kept = [] if done is None else kept
+        kept = [line for line in whole if json.loads(line).get("step", 0) <= done]
         self.file.truncate(sum(len(line.encode()) for line in kept))
-        self.file.writelines([] if kept else [header])
-        self.start, self.waited = time.perf_counter(), 0.0
+        if not kept:
+            command = {"command": " ".join(sys.argv), "args": vars(args)}
+            self.file.write(json.dumps(command) + "\n")
+        self.start = time.perf_counter()
 
-    def write(self, step, epoch, measured, rate, waited):
+    def write(self, step, epoch, measured, lr):
         """One logged step: a JSON object in the file, a line on the screen."""
-        seconds, images = time.perf_counter() - self.start, self.args.batch_size
-        row = {"step": step, "epoch": epoch, **measured, "lr": rate}
-        row["wait"] = round((waited - self.waited) / seconds, 3)  # share of the time, for images
-        row["images_per_s"] = round((step - self.logged) * images / seconds, 3)
-        self.start, self.waited, self.logged = time.perf_counter(), waited, step
+        seconds = (time.perf_counter() - self.start) / (step - self.last)
+        row = {"step": step, "epoch": epoch, **measured, "lr": lr}
+        row["images_per_s"] = round(self.batch_size / seconds, 3)
+        self.start, self.last = time.perf_counter(), step
         self.file.write(json.dumps(row) + "\n")
         numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
-        eta = datetime.timedelta(seconds=(self.total - step) * images // row["images_per_s"])
+        eta = datetime.timedelta(seconds=int((self.total - step) * seconds))
         print("  ".join([f"step {step}/{self.total}", *numbers, f"eta {eta}"]), flush=True)
 
 
-def finish(step, total, error, ckpt, rank, world):
-    """Says what was saved; raises what stopped the loading of images, once rank 0 has saved."""
-    if rank == 0:
-        then = "the same command continues" if step < total else f"next: python probe.py {ckpt}"
-        print(f"train.py: step {step} of {total}, saved; {then}")
+# what may differ between the run that wrote a checkpoint and the one that continues it
+MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
+
+
+def save(args, parts, step):
+    """Writes the checkpoint; a kill or a full disk leaves the old file whole, and no other."""
+    path = Path(args.ckpt)
+    temporary = path.with_name(path.name + ".tmp")
+    state = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        torch.save(state | {"step": step, "args": vars(args)}, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"train.py: cannot write {path}, left as it was: {str(error).splitlines()[0]}")
+
+
+def load_checkpoint(path):
+    """The dictionary that was saved; plain values only: a pickle that runs code is refused."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"train.py: no checkpoint {path}; python train.py --ckpt {path} makes one")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        saved = error
+    names = {"encoder", "predictor", "optimizer", "step", "args"}
+    if not isinstance(saved, dict) or not names <= saved.keys():
+        what = f"truncated or not a checkpoint of train.py ({type(saved).__name__})"
+        sys.exit(f"train.py: {path} is {what}; choose another --ckpt")
+    return saved
+
+
+def resume(args, parts, total, rank, world):
+    """The steps done by the checkpoint, which all ranks read into `parts`; 0 without one."""
+    path = Path(args.ckpt)
+    if not path.absolute().parent.is_dir():
+        sys.exit(f"train.py: --ckpt {path}: no such folder {path.absolute().parent}")
+    saved = load_checkpoint(path) if path.exists() else None
+    found = [(saved and saved["step"], args.images)] * world
     if world > 1:
-        dist.barrier()
-    if error:
-        raise error
+        dist.all_gather_object(found, found[0])
+    if len({*found}) > 1:
+        differ = "ranks differ in (step of the checkpoint, images and hash of their names)"
+        sys.exit(f"train.py: {differ}: {found}; all must see the same files")
+    if saved is None:
+        return 0
+    check_settings(path, saved["args"], vars(args))
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    step = saved["step"]
+    says = f"continues from step {step}" if step < total else f"is finished: {step} steps"
+    if rank == 0:
+        print(f"train.py: {path} {says}")
+    return step
+
+
+def check_settings(path, before, now):
+    """Exits where a command has other settings than the run that it would continue."""
+    may_change = set(MAY_CHANGE.split())
+    if now["schedule"] == "cosine":  # its length is part of it
+        may_change -= {"epochs", "steps"}
+    for name in [name for name in now if name not in may_change]:
+        pair = before.get(name), now[name]
+        if name in ("data", "data_root"):  # one folder may have several names
+            pair = [Path(str(value)).resolve() for value in pair]
+        if pair[0] != pair[1]:
+            was = f"{path} was trained with {name}={pair[0]}, this command says {pair[1]}"
+            sys.exit(f"train.py: {was}; repeat that, or move {path} and its .jsonl")
 
 
 @contextmanager
@@ -353,24 +380,20 @@ def ranks(script, device):
 
     Errors that name one of the scripts end it in their one line. Signal handlers are restored.
     """
-    handlers = {name: signal.getsignal(name) for name in signals()}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
     rank, local_rank, world = (int(os.environ.get(*name)) for name in names)
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         sys.exit(f"{script}: --device {device} is not here; take cpu, or cuda where there is a GPU")
     device = torch.device(device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+    if device.type == "cuda" and world > 1:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if world > 1:
-        # CPU tensors too: the probe's features. Two hours: all wait while one downloads or fits.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        here = device if device.type == "cuda" else None
+    if world > 1:  # two hours: all wait while one downloads or fits; gloo is for the CPU's tensors
+        backend, here = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=here)
     try:
         yield device, rank, world
-    except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted; the same command continues from the last save")
     except torch.OutOfMemoryError as error:
         less = "--micro-batch 256 gives the same result" if script == "train.py" else "fewer pixels"
         sys.exit(f"{script}: out of memory: {less} in less ({str(error).splitlines()[0]})")
@@ -380,8 +403,8 @@ def ranks(script, device):
             raise
         sys.exit(line)
     finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -430,8 +453,7 @@ class Shapes(torch.utils.data.Dataset):
     """
 
     def __init__(self, size=32, seed=0, split="train"):
-        check_choice("split", split, "train val")
-        self.size, self.seed, self.val = size, seed, split == "val"
+        self.size, self.seed, self.val = size, seed, bool(["train", "val"].index(split))
         self.cell = -(-size // 4)
         rng = np.random.default_rng(0)  # the stencils are the same for every seed
         bounds = (-0.26, 0.26), (0.85, 1.15), (-0.24, 0.24), (-0.24, 0.24)
@@ -483,53 +505,37 @@ def read_image(path, size_alone=False):
 
 def open_data(data, root, split, seed=0, image_size=32):
     """The `train` or `val` split of --data, (uint8 array (H, W, 3), label) pairs, or an exit."""
-    check_choice("split", split, "train val")
     if data in ("shapes", *DATASETS) and Path(data, split).is_dir():
         sys.exit(f"train.py: --data {data} is a name of ours and a folder here; say ./{data}")
     if data == "shapes":
         return Shapes(image_size, seed, split)
-    if data in DATASETS:
-        make, *arguments = DATASETS[data]
-        together, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
-        try:  # the first process of each node downloads while the others wait
-            if together and not first:
-                dist.barrier()
-            found = make(root, **arguments[split == "val"], download=True, transform=np.array)
-            if together and first:
-                dist.barrier()
-            return found
-        except (OSError, RuntimeError, ImportError) as error:  # no network, no room, no scipy ...
-            sys.exit(f"train.py: --data {data} is not in {root} and cannot be had: {error}")
+    together, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        return open_folder(Path(data, split))
-    except OSError as error:  # no folder, no class folder, or one without images
-        wanted = f"{split}/<class>/<image files>; or take shapes {' '.join(DATASETS)}"
-        sys.exit(f"train.py: {data} has no {wanted} ({str(error).splitlines()[0]})")
-
-
-EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif")
+        if data not in DATASETS:
+            return open_folder(Path(data, split))
+        make, *arguments = DATASETS[data]
+        if together and not first:  # the first process of each node downloads
+            dist.barrier()
+        found = make(root, **arguments[split == "val"], download=True, transform=np.array)
+        if together and first:
+            dist.barrier()
+        return found
+    except (OSError, RuntimeError, ImportError) as error:  # no folder, no class, no network ...
+        wanted = f"a folder with {split}/<class>/<images>, or one of {' '.join(DATASETS)}"
+        sys.exit(f"train.py: --data {data} is not {wanted}: {str(error).splitlines()[0]}")
 
 
 def open_folder(folder):
-    """torchvision's ImageFolder; rank 0 says what was left out: other files, links in a circle."""
-    others = []
+    """torchvision's ImageFolder; rank 0 says how many other files it leaves out."""
+    endings, others = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif"), []
 
     def is_image(path):
         inside = path[len(str(folder)) :].lower()
-        return inside.endswith(EXTENSIONS) and "/." not in inside or others.append(path)
+        return inside.endswith(endings) and "/." not in inside or others.append(path)
 
     data = datasets.ImageFolder(folder, np.array, loader=read_image, is_valid_file=is_image)
-    real, ways, kept = cache(os.path.realpath), {}, []
-    for path, label in data.samples:  # a folder reached on several ways counts once in a class
-        here = os.path.dirname(path)
-        if ways.setdefault((real(here), label), here) == here:
-            kept.append((path, label))
-    again, data.samples = len(data.samples) - len(kept), kept
-    others = [path for path in others if os.path.isfile(path)]  # no links in a circle
-    if (others or again) and os.environ.get("RANK", "0") == "0":
-        names = " ".join(sorted({Path(path).suffix or Path(path).name for path in others})[:5])
-        left_out = f"{len(others)} files that are no images ({names})"
-        print(f"train.py: {folder}: left out {left_out}, {again} images reached again by links")
+    if others and os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {folder}: left out {len(others)} files, such as {others[0]}")
     return data
 
 
@@ -542,16 +548,9 @@ def sizes_of(data, count=64):
 
 
 def fingerprint(data):
-    """Number of images, and a hash of the files' names; exits where ranks have different ones."""
+    """Number of images, and a hash of the files' names: other images are another run."""
     names = [path[len(str(data.root)) :] for path, _ in getattr(data, "samples", ())]
-    own = f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
-    every = [own] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(every) > 1:
-        dist.all_gather_object(every, own)
-    if len({*every}) > 1:
-        found = ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(every))
-        sys.exit(f"train.py: ranks differ in images (number, hash of names): {found}")
-    return own
+    return f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
 
 
 class Images(torch.utils.data.Dataset):
@@ -629,35 +628,36 @@ def constant(name, device):
     return torch.tensor(table[name], dtype=torch.float32, device=device)
 
 
-def photometric(x, u, luma, hue_turn, p_blur=0.0, p_solarize=0.0):
+def photometric(x, u, p_blur=0.0, p_solarize=0.0):
     """Colour jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grayscale with p 0.2, blur and solarize.
 
-    x (B, 3, H, W) float in [0, 1], u (B, 9) uniform draws in [0, 1), luma and hue_turn: constant's,
-    given, as torch.compile would make them anew each time -> as x, each image by draws of its own:
-    what torchvision does to one image at a time, on the whole batch and its device. Brightness,
-    contrast, saturation, hue always in this order; hue turns in the YIQ plane, not in HSV.
+    x (B, 3, H, W) float in [0, 1], u (B, 9) uniform draws in [0, 1) -> as x, each image by draws of
+    its own: what torchvision does to one image at a time, on the whole batch and its device.
+    Brightness, contrast, saturation, hue always in this order; hue turns in the YIQ plane.
     """
+    luma, hue_turn = constant("luma", x.device), constant("hue", x.device)
     u = u.T[..., None, None, None]  # (9, B, 1, 1, 1)
     brightness, contrast, saturation, hue, jittered, grayed, sigma, blurred, solarized = u
 
-    def gray(x):
-        return (x * luma).sum(1, keepdim=True)
-
     y = (x * (1 + (2 * brightness - 1) * 0.4)).clamp(0, 1)
-    mean = gray(y).mean((2, 3), keepdim=True)
+    mean = gray(y, luma).mean((2, 3), keepdim=True)
     y = (mean + (1 + (2 * contrast - 1) * 0.4) * (y - mean)).clamp(0, 1)
-    y = (gray(y) + (1 + (2 * saturation - 1) * 0.2) * (y - gray(y))).clamp(0, 1)
+    y = (gray(y, luma) + (1 + (2 * saturation - 1) * 0.2) * (y - gray(y, luma))).clamp(0, 1)
     angle = 2 * math.pi * 0.1 * (2 * hue[:, 0] - 1)  # (B, 1, 1)
     still, cos, sin = hue_turn
     turn = still + angle.cos() * cos + angle.sin() * sin  # (B, 3, 3)
     y = (turn @ y.flatten(2)).view_as(y).clamp(0, 1)
     x = torch.where(jittered < 0.8, y, x)
-    x = torch.where(grayed < 0.2, gray(x), x)
+    x = torch.where(grayed < 0.2, gray(x, luma), x)
     if p_blur:
         x = torch.where(blurred < p_blur, blur(x, 0.1 + 1.9 * sigma[:, 0, 0]), x)
     if p_solarize:
         x = torch.where((solarized < p_solarize) & (x >= 128 / 255), 1 - x, x)
     return x
+
+
+def gray(x, luma):
+    return (x * luma).sum(1, keepdim=True)
 
 
 def blur(x, sigma):
@@ -704,17 +704,8 @@ def load(args, train_set, done, total, rows, device):
         indices = (send(torch.tensor([i for _, i in keys]), device) for keys in steps)
         return ([whole[i] if crops else whole[i][:, None]] for i in indices), crops
     images = Images(train_set, args.image_size, crops, args.seed)
-    # 16 images a message: workers keep two each in shared memory, of which Docker gives 64 MB
-    parts = (keys[i : i + 16] for keys in steps for i in range(0, len(keys), 16))
-    loader = read(images, args.workers, batch_sampler=parts, pin_memory=device.type == "cuda")
-    return assemble(loader, -(-len(rows) // 16), device), ()
-
-
-def assemble(loader, messages, device):
-    """Joins the loader's messages, so many a step: for each kind of crop (B, count, 3, s, s)."""
-    for several in zip(*[loader] * messages, strict=True):
-        kinds = zip(*(views for views, _ in several), strict=True)
-        yield [torch.cat([send(views, device) for views in kind]) for kind in kinds]
+    loader = read(images, args.workers, batch_sampler=steps, pin_memory=device.type == "cuda")
+    return ([send(views, device) for views in kinds] for kinds, _ in loader), ()
 
 
 def hold(data, sizes, workers, device):
@@ -726,26 +717,6 @@ def hold(data, sizes, workers, device):
     if len({image.shape for image in images}) > 1:
         return None
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-
-
-class OneAhead:
-    """Hands out each batch when it has the next. Where an image cannot be read it ends early, with
-    the exception in .error, and all ranks can save. .waited: seconds spent loading."""
-
-    def __init__(self, loader):
-        self.loader, self.error, self.waited = loader, None, 0.0
-
-    def __iter__(self):
-        batch = next(self.loader)
-        while batch is not None:
-            start = time.perf_counter()
-            try:
-                ahead = next(self.loader, None)
-            except (OSError, RuntimeError, SyntaxError, ValueError) as error:
-                self.error, ahead = error, None
-            self.waited += time.perf_counter() - start
-            yield batch
-            batch = ahead
 
 
 def read(data, workers, **options):
@@ -760,93 +731,7 @@ def leave_signals(worker):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-# ------------------------------------------------------------------------------------- checkpoints
-# what may differ between the run that wrote a checkpoint and the one that continues it
-MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
-PARTS = ("encoder", "predictor", "optimizer")
-
-
-def save(parts, rest, path, script):
-    """Writes the parts' states; a kill or a full disk leaves the old file whole, and no other."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save({name: part.state_dict() for name, part in parts.items()} | rest, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"{script}: cannot write {path}, left as it was: {str(error).splitlines()[0]}")
-
-
-def load_checkpoint(path, parts=PARTS):
-    """The dictionary that was saved; plain values only: a pickle that runs code is refused."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"train.py: no checkpoint {path}; python train.py --ckpt {path} makes one")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        saved = error
-    if not isinstance(saved, dict) or not {*parts, "step", "args"} <= saved.keys():
-        what = f"truncated or not a checkpoint of train.py ({type(saved).__name__})"
-        sys.exit(f"train.py: {path} is {what}; choose another --ckpt")
-    return saved
-
-
-def check_settings(script, path, before, now):
-    """Exits where a command has other settings than the run that it would continue."""
-    may_change = set(MAY_CHANGE.split())
-    if now.get("schedule") == "cosine":  # its length is part of it
-        may_change -= {"epochs", "steps"}
-    for name in [name for name in now if name not in may_change]:
-        pair = before.get(name), now[name]
-        if name in ("data", "data_root") and pair[0]:  # one folder may have several names
-            pair = [Path(value).resolve() for value in pair]
-        if pair[0] != pair[1]:
-            was = f"{path} was trained with {name}={pair[0]}, this command says {pair[1]}"
-            log = f" and {path.with_suffix('.jsonl')}" if script == "train.py" else ""
-            sys.exit(f"{script}: {was}; repeat that, or move {path}{log}")
-
-
-def resume(script, path, parts, settings, total, rank, world):
-    """The steps done by the checkpoint, which all ranks read into `parts`; None without one."""
-    if not path.absolute().parent.is_dir():
-        sys.exit(f"{script}: --ckpt {path}: no such folder {path.absolute().parent}")
-    saved = load_checkpoint(path, ["encoder"]) if path.exists() else None
-    steps = [saved and saved["step"]] * world
-    if world > 1:
-        dist.all_gather_object(steps, steps[0])
-    if len({*steps}) > 1:
-        sys.exit(f"{script}: ranks see other checkpoints, of steps {steps}: {path} must be shared")
-    if saved is None:
-        return None
-    check_settings(script, path, saved["args"], settings)
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    step = saved["step"]
-    says = f"continues from step {step}" if step < total else f"is finished: {step} steps"
-    if rank == 0:
-        print(f"{script}: {path} {says}")
-    return step
-
-
 # ------------------------------------------------------------------------------------ command line
-# fmt: off
-DEFAULTS = {  # of the masked recipe, by the kind of data; more in fill_in
-    #                shapes       up to 96 px  larger
-    "augment":      ("none",      "color",     "none"),
-    "masks_per":    ("image",     "batch",     "batch"),
-    "target_scale": ([0.4, 0.6],  [0.2, 0.3],  [0.2, 0.3]),
-    "pred":         ("mse",       "relative",  "relative"),
-    "directions":   ("one",       "both",      "both"),
-    "sigreg_on":    ("pooled",    "tokens",    "tokens"),
-    "epochs":       (5,           100,         300),
-    "lr":           (1e-3,        2e-3,        1e-3),
-}
-# fmt: on
-RECIPES = {  # what the recipe then says
-    "masked": {"sigreg": "legendre", "lam": 1.0},
-    "crops": {"sigreg": "sketched", "lam": 0.05, "augment": "color", "lr": 5e-4},
-}
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim",
     "crops": "predictor predictor_size masks masks_per num_targets target_scale min_context pred "
@@ -859,11 +744,8 @@ LEAST = {  # what an option must be at least
 }
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="[Defaults]; where there are three: for shapes, small images, larger ones.",
-        formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=31),
-    )
+def add_method(parser):
+    """The options of data, model and loss. Defaults in brackets; None is filled in by the data."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10 ..., or a folder of train/ and val/")
     add("--data-root", default="data", help="where torchvision's data sets are downloaded to")
@@ -880,27 +762,31 @@ def parse_args(argv=None):
     add("--predictor-size", type=int, default=4, help="mlp: width / encoder's; else blocks [4]")
     add("--proj-dim", type=int, default=64, help="crops: width of the projection [64]")
     add("--masks", choices=["blocks", "random"], default="blocks", help="random: scattered patches")
-    add("--masks-per", choices=["batch", "image"], help="one mask for the batch, or each image its")
+    add("--masks-per", choices=["batch", "image"], default="batch", help="one mask for all images")
     add("--num-targets", type=int, default=2, help="target blocks of an image [2]")
-    add("--target-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="share of the image")
+    add("--target-scale", type=float, nargs=2, default=[0.2, 0.3], help="share of the image")
     add("--min-context", type=float, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
-    add("--pred", choices=["relative", "mse"], help="relative: share of the variance unexplained")
+    add("--pred", choices=["relative", "mse"], default="relative", help="share of the variance")
     add("--directions", choices=["one", "both"], help="both: the context from each target, too")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
-    add("--sigreg-on", choices=["pooled", "tokens"], help="mean token of an image, or patch tokens")
+    add("--sigreg-on", choices=["tokens", "pooled"], default="tokens", help="or images' mean token")
     add("--lam", type=float, help="SIGReg's weight [1; sketched 12.8 / samples, so 0.05 at 256]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: of the whole image")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=float, default=0.0, help="momentum of a teacher that makes the targets")
     add("--slices", type=int, default=1024, help="random directions of sketched SIGReg [1024]")
+
+
+def add_run(parser):
+    """The options of the optimizer and of the run."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=int, default=256, help="images a step, over all ranks [256]")
+    add("--batch-size", type=int, help="images a step, over all ranks [128; 256; 256]")
     add("--micro-batch", type=int, help="images a rank has in memory at once; exact all the same")
-    add("--epochs", type=int, help="passes over the data [5; 100; 300]")
+    add("--epochs", type=int, help="passes over the data [3; 100; 300]")
     add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
-    add("--lr", type=float, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
+    add("--lr", type=float, help="AdamW's learning rate [2e-3; above 96 px 1e-3; crops 5e-4]")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
     add("--warmup-epochs", type=float, default=0.0, help="epochs in which the rate rises [0]")
     add("--weight-decay", type=float, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
@@ -912,9 +798,23 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 [where it is faster]")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+
+
+def parse_args(argv=None):
+    about = "[Defaults]; where there are three: for shapes, images up to 96 px, larger ones."
+    parser = argparse.ArgumentParser(description=about, formatter_class=wide_help)
+    add_method(parser)
+    add_run(parser)
     args = parser.parse_args(argv)
-    check(args, parser)
+    for name in UNUSED[args.recipe].split():
+        if getattr(args, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            sys.exit(f"train.py: --recipe {args.recipe} does not take {option}; leave it out")
+    check(args)
     return args
+
+
+wide_help = partial(argparse.HelpFormatter, width=100, max_help_position=31)
 
 
 def check_least(script, args, least):
@@ -928,22 +828,19 @@ def check_least(script, args, least):
         sys.exit(f"{script}: --seed {args.seed} must be below 2^31")
 
 
-def check(args, parser):
+def check(args):
     """Exits in one line where options are out of range or do not go together."""
     check_least("train.py", args, LEAST)
     if not args.ckpt.endswith(".pt"):
         sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
     if args.lr == 0 or args.min_context == 0 or args.ema >= 1:
         sys.exit("train.py: --lr and --min-context must be above 0, --ema below 1")
-    for name in UNUSED[args.recipe].split():
-        if getattr(args, name) != parser.get_default(name):
-            option = "--" + name.replace("_", "-")
-            sys.exit(f"train.py: --recipe {args.recipe} does not take {option}; leave it out")
-    if args.stop_grad or args.ema or args.targets == "full":  # without gradient, or see the context
-        if args.directions == "both":
-            sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
-        args.directions = "one"
-    if args.recipe == "crops" and (args.lam or 0) > 1:
+    one_way = args.stop_grad or args.ema or args.targets == "full"  # without gradient, or all seen
+    if one_way and args.directions == "both":
+        sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
+    if args.recipe == "masked":
+        args.directions = args.directions or ("one" if one_way else "both")
+    elif (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
 
 
@@ -952,38 +849,39 @@ def fill_in(args, count, side, world):
 
     Returns what was chosen; exits in one line where the batch cannot be.
     """
-    shapes, chosen, side = args.data == "shapes", {}, args.image_size or side
+    shapes, crops, side = args.data == "shapes", args.recipe == "crops", args.image_size or side
     kind = 0 if shapes else 1 if side <= 96 else 2
     small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
-    chosen["model"] = "vit_s16" if kind == 2 else small
-    name = args.model or chosen["model"]
-    size = re.fullmatch(r"vit_([a-z])(\d+)", name)
-    chosen |= {name: choices[kind] for name, choices in DEFAULTS.items()} | RECIPES[args.recipe]
-    if shapes and size and model.SIZES.get(size[1], (0,))[0] >= 256:
-        # 256 pooled vectors of such a network cannot be white; its tokens, as of photographs, can
-        names = "masks_per target_scale pred directions sigreg_on"
-        chosen |= {name: DEFAULTS[name][2] for name in names.split()}
-    chosen["weight_decay"] = 5e-4 if "resne" in name else 0.05
-    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    # shapes are cheaper to draw than to send between processes
-    chosen["workers"] = 0 if shapes and args.recipe == "masked" else min(8, cores)
-    chosen["amp"] = args.device.startswith("cuda") or bfloat16_is_faster()
+    name = args.model or ("vit_s16" if kind == 2 else small)
     # what divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others
-    patch = int(size[2]) if size else 1 if "resne" in name and side <= 96 else 32
-    patch = max(patch, 1)
-    few = kind == 2 or patch < 32 and side // patch < 4  # patches for a mask: enlarge to 224
-    chosen["image_size"] = 224 // patch * patch if few else max(side // patch, 2) * patch
-    side = args.image_size or chosen["image_size"]
-    chosen["local_size"] = max(round(0.43 * side / patch), 1) * patch
+    vit = re.fullmatch(r"vit_[a-z](\d+)", name)
+    patch = max(int(vit[1]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
+    enlarge = kind == 2 or vit and side < 4 * patch  # few patches leave nothing to mask
+    size = 224 // patch * patch if enlarge else max(side // patch, 2) * patch
+    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    chosen = {
+        "model": name,
+        "image_size": size,
+        "augment": "color" if crops or kind == 1 else "none",
+        "batch_size": 128 if shapes else 256,
+        "epochs": (3, 100, 300)[kind],
+        "lr": 5e-4 if crops else 1e-3 if kind == 2 else 2e-3,
+        "weight_decay": 5e-4 if "resne" in name else 0.05,
+        "sigreg": "sketched" if crops else "legendre",
+        "local_size": max(round(0.43 * (args.image_size or size) / patch), 1) * patch,
+        # shapes are cheaper to draw than to send between processes
+        "workers": 0 if shapes and not crops else min(8, cores),
+        "amp": args.device.startswith("cuda") or bfloat16_is_faster(),
+    }
     unused = UNUSED[args.recipe].split()
     chosen = {n: v for n, v in chosen.items() if getattr(args, n) is None and n not in unused}
     vars(args).update(chosen)
-    if "lam" in chosen and args.sigreg == "sketched":  # its value grows with the sample
-        context = max((args.image_size // patch) ** 2 // 2, 1)  # about half of the patches
-        samples = args.batch_size * (context if args.sigreg_on == "tokens" else 1)
-        # the paper's 0.05 at 256 images, the batch of the authors' minimal example
-        args.lam = min(float(f"{0.05 * 256 / samples:.2g}"), 0.5)
-        chosen["lam"] = f"{args.lam} (12.8 / {samples} samples)"
+    if args.lam is None and args.sigreg == "sketched" and not crops:
+        rule = "12.8 / (the vectors that SIGReg sees in a step); legendre and spectral take 1"
+        sys.exit(f"train.py: --recipe masked --sigreg sketched needs a --lam, such as {rule}")
+    if args.lam is None:  # the sketched one grows with the batch: the paper's 0.05 is at 256
+        lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if args.sigreg == "sketched" else 1.0
+        args.lam = chosen["lam"] = lam
     if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
         limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
@@ -999,21 +897,22 @@ def bfloat16_is_faster():
 def main(argv=None):
     args = parse_args(argv)
     with ranks("train.py", args.device) as (device, rank, world):
-        if args.data == "shapes":  # drawn at the size that follows from the settings
-            about = "drawn here (--data FOLDER takes your own)"
-            chosen = fill_in(args, 20_000, args.image_size or 32, world)
-        data = open_data(args.data, args.data_root, "train", args.seed, args.image_size)
-        if args.data != "shapes":
-            sides = sorted(min(size) for size in sizes_of(data))
-            middle = sides[len(sides) // 2]
-            about = f"shorter side {sides[0]} to {sides[-1]} px, median {middle} of {len(sides)}"
-            chosen = fill_in(args, len(data), middle, world)
+        data = open_data(args.data, args.data_root, "train", args.seed, args.image_size or 32)
+        sides = sorted(min(size) for size in sizes_of(data))
+        chosen = fill_in(args, len(data), sides[len(sides) // 2], world)
+        if args.data == "shapes":  # at the size that was chosen
+            data = open_data("shapes", "", "train", args.seed, args.image_size)
         args.images = fingerprint(data)
         if rank == 0:
-            values = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
+            about = f"shorter side {sides[0]} to {sides[-1]} px, median {sides[len(sides) // 2]}"
+            about = "drawn here (--data FOLDER takes yours)" if args.data == "shapes" else about
             print(f"train.py: {args.recipe} on {len(data):,} images of {args.data}, {about}")
+            values = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
             print(f"train.py: {world} x {device.type}; chosen: {', '.join(values)}")
         train(args, data, device, rank, world)
+        if rank == 0:
+            then = f"the same command continues; python probe.py {args.ckpt} evaluates"
+            print(f"train.py: {args.ckpt} is saved; {then}")
 
 
 if __name__ == "__main__":
