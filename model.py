@@ -5,7 +5,7 @@
     encoder(images, context)       # (B, 1 + Nc, D): these patches alone, context (B, Nc)
     encoder(images, targets)       # (B, K, 1 + Nt, D): each block on its own, targets (B, K, Nt)
 
-    Masked(encoder, MLPPredictor(768, 14 * 14))(views, context, targets)  # source A's embeddings
+    Masked(encoder, MLPPredictor(768, 14 * 14), both_directions=True)     # source A: see there
     MultiView(encoder, projector(768, 64), num_global=2)(views)           # source B's
 
 The parameter names, shapes and numerics of the encoder are those of timm's ViT, so a state dict of
@@ -247,16 +247,18 @@ def in_pieces(function, at_once, *tensors):
 class Masked(nn.Module):
     """Source A: encode the context, encode the targets, predict the targets from the context.
 
-    forward takes views, two of (B, 3, S, S): one crop of each image, the second in other colours
-    where colours change; context (B, Nc) and targets (B, K, Nt), from masks.py. It returns what
-    sigreg.masked_loss sees: z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred
+    forward takes views, two of (B, 3, S, S): one crop of each image, each view in colours of its
+    own, or twice the same tensor; context (B, Nc) and targets (B, K, Nt), from masks.py. It returns
+    what sigreg.masked_loss sees: z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred
     (B, K, Nt, D), and with both_directions z_back (B, K, Nc, D), the context from each target.
-    In a loop of your own, with the recipe's settings and one mask for the batch:
+    In a loop of your own, with the recipe's settings and one mask for the batch on all ranks:
 
-        context, targets = multi_block_masks(1, encoder.grid, 2, (0.2, 0.3), 0.35)
-        z = net([x, x_recoloured], context.expand(B, -1), targets.expand(B, -1, -1))
-        loss, pred, reg = masked_loss(
-            *z, masks=None, lam=1.0, regularizer=SIGReg("legendre"), relative=True, on="tokens")
+        net = Masked(encoder, MLPPredictor(encoder.dim, encoder.grid**2), both_directions=True)
+        shared = torch.Generator().manual_seed(step)
+        masks = multi_block_masks(1, encoder.grid, 2, (0.2, 0.3), 0.35, shared)
+        context, targets = (m.expand(len(x), *m.shape[1:]).to(x.device) for m in masks)
+        loss, pred, reg = masked_loss(*net([x, x_recoloured], context, targets), masks=None,
+            lam=1.0, regularizer=SIGReg("legendre"), relative=True, on="tokens")
 
     Targets have their gradient. For comparison, stop_grad takes it away, teacher is another encoder
     for them, and whole_targets has them from the encoded whole image, normalised, as I-JEPA does.

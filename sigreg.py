@@ -6,7 +6,7 @@
 Two documents call two different things SIGReg. Both are here, with one relative of the first:
 
     spectral   source A: KL of the normalised singular values of the batch from uniform
-    legendre   source A before its scale is dropped: KL of the batch's Gaussian fit from N(0, I)
+    legendre   not in A, but its Gaussian bound: KL of the batch's Gaussian fit from N(0, I)
     sketched   source B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
 
 `*_sigreg_plain` is each of them as it stands on paper, in one process and float64, to read and to
@@ -46,10 +46,11 @@ def spectral_sigreg_plain(z):
 
 
 def legendre_sigreg_plain(z):
-    """KL of the batch's Gaussian fit from N(0, I), per dimension: source A with its scale kept.
+    """KL of the batch's Gaussian fit from N(0, I), per dimension.
 
-    The Legendre-Fenchel bound on the log-partition function, -1/2 tr C + 1/2 log det C
-    + D/2 log(2 pi e) - 1/2 |mean|^2, is largest at mean 0 and C = I. As a loss per dimension:
+    The Legendre-Fenchel bound on the log-partition function of the energy |z|^2 / 2, which source A
+    starts from, is at the batch's Gaussian fit -1/2 tr C + 1/2 log det C + D/2 log(2 pi e)
+    - 1/2 |mean|^2. A keeps the spectrum alone. As it stands it is largest at mean 0 and C = I, so:
 
         C = cov(z) + RIDGE (I + diag cov(z))                    cov(z) divided by N
         value = (tr C + |mean|^2 - log det C - D) / (2 D) = KL(N(mean, C) || N(0, I)) / D
@@ -94,22 +95,22 @@ def quadrature(knots, t_max, like):
 
 
 def masked_loss(z_context, z_target, z_pred, z_back=None, *, masks, lam, regularizer, relative, on):
-    """The loss of source A:  L = MSE(z_pred, z_target) + lam * SIGReg(embeddings of the batch)
+    """The loss of masked prediction, over encoded tokens x (context) and y (targets) without CLS.
 
-        x, y   = z_context, z_target without CLS
-        c, t   = centre(x), centre(y)                   each token less the mean of its place
-        pred   = mean |z_pred - y|^2                    or relative:  sum |z_pred - t|^2 / sum |t|^2
-        SIGReg = that of each image's mean token        or on tokens: (SIGReg(c) + SIGReg(t)) / 2
+        source A:      L = mean |z_pred - y|^2 + lam SIGReg(mean token of each image)
+        this default:  L = sum |z_pred - t|^2 / sum |t|^2 + lam (SIGReg(c) + SIGReg(t)) / 2
+                       c = centre(x), t = centre(y): each token less the mean of its place
 
-    z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
-    (B, K, Nt, D): the predicted targets. z_back (B, K, Nc, D): the context, predicted from each
-    target; pred is then the mean of both directions. CLS enters the mean token alone: nobody
-    predicts it, and it could carry the spread.
+    A is relative=False, on="pooled" with a spectral regularizer; the default relative=True,
+    on="tokens" with a legendre one. z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded
+    tokens, CLS first; z_pred (B, K, Nt, D). z_back (B, K, Nc, D), if there: the context predicted
+    from each target; the error is then the mean of both directions. CLS is no target and in no
+    sample of tokens: it could carry the spread. It enters the mean token, and the predictor.
 
     masks: (context (B, Nc), targets (B, K, Nt), P), patch indices below P; or None if all images,
     on all ranks, have one mask, so that an index is a place. regularizer: (N, D) -> scalar, such as
-    a SIGReg. on: pooled or tokens, else ValueError. Source A to the letter is spectral, pooled, not
-    relative, without z_back. Gradients flow through everything. Returns loss, pred, SIGReg.
+    a SIGReg. Gradients flow through everything. Returns loss, prediction loss, SIGReg. ValueError
+    for another `on`.
     """
     if on not in ("pooled", "tokens"):
         raise ValueError(f"sigreg.py: on must be pooled or tokens, got {on!r}")

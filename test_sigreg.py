@@ -97,6 +97,7 @@ def test_spectral_is_the_kl_of_the_singular_values_and_forgets_the_scale(n, dim)
 
 
 def degenerate_batches():
+    yield "constant", torch.full((32, 8), 0.3), math.log(8)
     yield "constant random row", gaussian(1, 8).expand(32, 8), math.log(8)
     yield "zeros", torch.zeros(32, 8), math.log(8)
     yield "rank 1", gaussian(32, 1) @ gaussian(1, 8), math.log(8)
@@ -471,6 +472,7 @@ def test_block_masks_are_blocks_of_the_asked_size(monkeypatch):
         assert context.shape[1] >= 0.25 * 32**2 - 1
     assert 0.09 < min(sizes) < 0.12 and 0.28 < max(sizes) < 0.31
     assert min(ratios) < -0.6 and max(ratios) > 0.6
+    assert abs(np.mean(ratios)) < 0.08  # log-uniform: wide ones as often as high ones
     # independent draws; I-JEPA's one draw for both gives 1.0. Standard error: 1 / sqrt(300) = 0.06
     assert abs(np.corrcoef(sizes, ratios)[0, 1]) < 0.2
 
@@ -503,6 +505,12 @@ def test_blocks_have_places_of_their_own_and_contexts_do_not_starve(monkeypatch)
     for at in (context // 16, context % 16):  # inside a block of 8 x 8
         assert (at.amax(1) - at.amin(1)).max() == 7
     assert (targets[:, 0] != targets[:, 1]).any(1).sum() > 40
+    context, targets = masks.multi_block_masks(50, 16, 2, (0.1, 0.1), 0.4, generator())
+    assert context.shape[1] == 102  # more than the block holds: free patches around it
+    assert not (context[:, :, None] == targets.flatten(1)[:, None]).any()
+    monkeypatch.undo()
+    _, targets = masks.multi_block_masks(400, 14, 4, (0.2, 0.2), 0.4, generator())
+    assert (targets[:, 0] != targets[:, 1]).any(1).sum() > 360  # drawn again, not repeated
 
 
 def test_random_masks_are_disjoint_and_leave_a_context(monkeypatch):
@@ -821,6 +829,13 @@ def test_learning_rate_is_a_function_of_the_step(tmp_path, few_shapes):
     assert [row["epoch"] for row in rows] == [0, 0, 1, 1]
 
 
+def test_every_step_and_seed_draws_anew(monkeypatch, tmp_path, few_shapes):
+    honest, seeds = train.draw, []
+    monkeypatch.setattr(train, "draw", lambda *a: seeds.append(a[-1]) or honest(*a))
+    run_train(tmp_path / "a.pt", "--steps 3"), run_train(tmp_path / "b.pt", "--steps 3 --seed 1")
+    assert len({*seeds}) == 6
+
+
 def test_matrices_decay_alone():
     net, parts = train.build(filled("--predictor transformer"), CPU)
     groups = parts["optimizer"].param_groups
@@ -887,7 +902,7 @@ def test_a_teacher_resumes_bit_by_bit(tmp_path, few_shapes):
 
 
 def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
-    flags = "--weight-decay 0 --lr 1e-4 --no-amp"
+    flags = "--weight-decay 0 --lr 1e-4 --no-amp --augment color"
     one = log_of(tmp_path / "one.pt") if run_train(tmp_path / "one.pt", flags) else None
     done = torchrun("train.py", *TINY, *flags.split(), "--ckpt", tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr
@@ -899,8 +914,8 @@ def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
 @pytest.mark.parametrize(
     "number, flags",
     [
-        (signal.SIGTERM, "--workers 0"),
-        (signal.SIGUSR1, "--workers 2 --image-size 104 --model vit_n26"),
+        (signal.SIGINT, "--workers 0"),
+        (signal.SIGTERM, "--workers 2 --image-size 104 --model vit_n26"),
     ],
 )
 def test_signals_save_and_continue(number, flags, tmp_path):
@@ -1018,6 +1033,7 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     assert filled("--data x --model vit_b16", side=32).image_size == 224  # two patches a side
     crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
     assert crops == [0.05, 0.0031] and filled("").lam == 1
+    assert filled("--recipe crops --sigreg legendre").lam == 0.05  # at 1 nothing is predicted
     assert [filled(flags).directions for flags in ("", "--ema 0.9")] == ["both", "one"]
     with pytest.raises(SystemExit, match="--batch-size 2 must be at least 2 and 3 ranks"):
         train.fill_in(train.parse_args(["--batch-size", "2"]), 20_000, 32, world=3)
@@ -1360,7 +1376,7 @@ def test_both_readouts_from_one_pass(trained, capsys, few_shapes):
 
 
 def test_two_ranks_probe_what_one_does(trained, tmp_path, capsys):
-    photos = jpeg_folder(tmp_path / "photos", per_class=13)
+    photos = jpeg_folder(tmp_path / "photos", per_class=13, classes=3)
     flags = [trained[0], "--device", "cpu", "--workers", "0", "--data", photos]
     one = run_probe(capsys, *flags)
     done = torchrun("probe.py", *flags)
@@ -1524,7 +1540,7 @@ def test_knn_is_brute_force(k):
 @pytest.mark.parametrize("decay", [1e-3, 1e-1])
 def test_linear_heads_reach_their_minimum(decay):
     """On badly conditioned features (a factor of 1e4 between axes) against L-BFGS in float64."""
-    y = torch.arange(3000) % 4
+    y = (torch.arange(3000) % 7).clamp_max(3)  # the last class is four times as large
     x = gaussian(3000, 12, 1) + 1.5 * gaussian(4, 12, 2)[y]
     x = x * torch.logspace(0, -2, 12) @ gaussian(12, 12, 3) + 5
     std = x.std(0, correction=0)

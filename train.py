@@ -4,7 +4,7 @@
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data photos                           # a folder: photos/train/<class>/*.jpg
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
-    torchrun --nproc_per_node=8 train.py --data imagenet --model vit_b16 --batch-size 4096
+    torchrun --nproc_per_node=8 train.py --data imagenet --model vit_b16 --lr 1.5e-4 ...
 
 `--recipe masked` (source A, the default) hides blocks of the image from the encoder and predicts
 their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several crops of an image and
@@ -14,7 +14,7 @@ data, command line. (--ema and --stop-grad are there for comparison.)
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
 or the image's number: a resumed run repeats the uninterrupted one, and the number of ranks changes
-rounding only, with two exceptions: on CPUs batch norm is each rank's, and so is stochastic depth.
+rounding only. Exceptions: batch norm on CPUs, and dropout and stochastic depth, are each rank's.
 
 B is the number of images of this rank; sigreg.py lists the other symbols.
 """
@@ -63,13 +63,15 @@ def train(args, data, device, rank, world):
         return
     log = Log(args, parts, done, total) if rank == 0 else None
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
-    batches, crops_left = load(args, data, done, total, rows, device)
-    net, grid = parallel(net, args, device), getattr(encoder, "grid", None)
-    update_teacher, caught = get_ema_multi_avg_fn(args.ema), catch_signals()
+    batches, device_crops = load(args, data, done, total, rows, device)
+    grid = getattr(encoder, "grid", None)  # patches a side
+    net = parallel(net, args, device)
+    update_teacher = get_ema_multi_avg_fn(args.ema)
+    caught = catch_signals()
     healthy = torch.ones((), dtype=torch.bool, device=device)
     for step, images in enumerate(batches, done + 1):
         seed = args.seed * 100_003 + step
-        views, masks = draw(args, images, crops_left, rows, grid, seed)
+        views, masks = draw(args, images, device_crops, rows, grid, seed)
         torch.manual_seed(seed * world + rank)  # for dropout and stochastic depth in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             embeddings = net(views, *masks)
@@ -160,21 +162,21 @@ def draw_masks(args, grid, count, generator=None):
     return make(count, grid, *sizes, generator=generator)
 
 
-def draw(args, batch, crops_left, rows, grid, seed):
+def draw(args, images, device_crops, rows, grid, seed):
     """Views and masks of a step: a function of its seed and of the images.
 
-    batch: this rank's B images, a list of uint8 tensors on the device. Either they are cropped:
-    G global crops (B, G, 3, S, S), then L local ones (B, L, 3, s, s) if any; or they are whole,
-    (B, 3, H, W), and crops_left lists what to crop: (count, size, least and most share of the
+    images: this rank's B, a list of uint8 tensors on the device. Either they are cropped: G global
+    crops (B, G, 3, S, S), then L local ones (B, L, 3, s, s) if any; or they are whole, (B, 3, H,
+    W), and device_crops lists what is cropped here: (count, size, least and most share of the
     image) of each kind. rows (B,): their places in the global batch. Every rank samples for the
     whole batch and takes its rows, so that any number of ranks sees the same. grid: patches a side.
     Returns views, G + L of (B, 3, size, size), normalised, of the masked recipe two, for context
     and targets; and masks, (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
-    device, count, masks = batch[0].device, args.batch_size, ()
+    device, count, masks = images[0].device, args.batch_size, ()
     generator = torch.Generator().manual_seed(seed)
-    images, views = [part / 255 for part in batch], []
-    for number, size, *scale in crops_left:
+    images, views = [part / 255 for part in images], []
+    for number, size, *scale in device_crops:
         draws = torch.rand(number, count, 23, generator=generator)[:, rows]
         views += [resized_crop(images[0], send(u, device), size, scale) for u in draws]
     views = views or [view for part in images for view in part.unbind(1)]
@@ -749,31 +751,31 @@ def add_method(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10 ..., or a folder of train/ and val/")
     add("--data-root", default="data", help="where torchvision's data sets are downloaded to")
-    add("--image-size", type=int, help="pixels [small images: theirs; 224]")
-    add("--augment", choices=["none", "crop", "color"], help="color: crop, and colours")
+    add("--image-size", type=int, help="pixels [32; the images' own; 224]")
+    add("--augment", choices=["none", "crop", "color"], help="[none; color; none; crops color]")
     add("--global-views", type=int, default=2, help="crops: views of 0.3 to 1 of the image [2]")
     add("--local-views", type=int, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
     add("--local-size", type=int, help="crops: pixels of local views [0.43 of the image size]")
     add("--workers", type=int, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
-    add("--model", help="vit_n8 ... vit_h14, resnet18 ... [vit_n8; vit_n4, vit_n8; vit_s16]")
-    add("--predictor", choices=["mlp", "transformer"], default="mlp", help="transformer: attends")
+    add("--model", help="or resnet18 ... [vit_n8; vit_n4 up to 48 px, vit_n8; vit_s16]")
+    add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
     add("--predictor-size", type=int, default=4, help="mlp: width / encoder's; else blocks [4]")
     add("--proj-dim", type=int, default=64, help="crops: width of the projection [64]")
-    add("--masks", choices=["blocks", "random"], default="blocks", help="random: scattered patches")
-    add("--masks-per", choices=["batch", "image"], default="batch", help="one mask for all images")
+    add("--masks", choices=["blocks", "random"], default="blocks", help="shape [blocks]")
+    add("--masks-per", choices=["batch", "image"], default="batch", help="one mask a [batch]")
     add("--num-targets", type=int, default=2, help="target blocks of an image [2]")
-    add("--target-scale", type=float, nargs=2, default=[0.2, 0.3], help="share of the image")
+    add("--target-scale", type=float, nargs=2, default=[0.2, 0.3], help="of the image [0.2 0.3]")
     add("--min-context", type=float, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
-    add("--pred", choices=["relative", "mse"], default="relative", help="share of the variance")
-    add("--directions", choices=["one", "both"], help="both: the context from each target, too")
+    add("--pred", choices=["relative", "mse"], default="relative", help="error [relative]")
+    add("--directions", choices=["one", "both"], help="context from targets, too [both]")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
-    add("--sigreg-on", choices=["tokens", "pooled"], default="tokens", help="or images' mean token")
-    add("--lam", type=float, help="SIGReg's weight [1; sketched 12.8 / samples, so 0.05 at 256]")
-    add("--targets", choices=["blocks", "full"], default="blocks", help="full: of the whole image")
+    add("--sigreg-on", choices=["tokens", "pooled"], default="tokens", help="sample [tokens]")
+    add("--lam", type=float, help="SIGReg's weight [masked 1; crops 12.8 / batch, at most 0.5]")
+    add("--targets", choices=["blocks", "full"], default="blocks", help="full: image [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=float, default=0.0, help="momentum of a teacher that makes the targets")
     add("--slices", type=int, default=1024, help="random directions of sketched SIGReg [1024]")
@@ -786,7 +788,7 @@ def add_run(parser):
     add("--micro-batch", type=int, help="images a rank has in memory at once; exact all the same")
     add("--epochs", type=int, help="passes over the data [3; 100; 300]")
     add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
-    add("--lr", type=float, help="AdamW's learning rate [2e-3; above 96 px 1e-3; crops 5e-4]")
+    add("--lr", type=float, help="AdamW's learning rate [2e-3; 2e-3; 1e-3; crops 5e-4]")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
     add("--warmup-epochs", type=float, default=0.0, help="epochs in which the rate rises [0]")
     add("--weight-decay", type=float, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
@@ -801,7 +803,7 @@ def add_run(parser):
 
 
 def parse_args(argv=None):
-    about = "[Defaults]; where there are three: for shapes, images up to 96 px, larger ones."
+    about = "[Defaults]; three of them, with ;, are for shapes, images up to 96 px, larger ones."
     parser = argparse.ArgumentParser(description=about, formatter_class=wide_help)
     add_method(parser)
     add_run(parser)
@@ -845,11 +847,10 @@ def check(args):
 
 
 def fill_in(args, count, side, world):
-    """What the command line left open, for count images whose shorter side is `side` pixels.
-
-    Returns what was chosen; exits in one line where the batch cannot be.
-    """
-    shapes, crops, side = args.data == "shapes", args.recipe == "crops", args.image_size or side
+    """What the command line left open, for count images whose shorter side is `side` pixels, or
+    whatever --image-size says. Returns what was chosen; exits where the batch cannot be."""
+    shapes, crops = args.data == "shapes", args.recipe == "crops"
+    side = args.image_size or side  # from here on: the size that is trained on
     kind = 0 if shapes else 1 if side <= 96 else 2
     small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
     name = args.model or ("vit_s16" if kind == 2 else small)
@@ -876,12 +877,13 @@ def fill_in(args, count, side, world):
     unused = UNUSED[args.recipe].split()
     chosen = {n: v for n, v in chosen.items() if getattr(args, n) is None and n not in unused}
     vars(args).update(chosen)
-    if args.lam is None and args.sigreg == "sketched" and not crops:
+    sketched = args.sigreg == "sketched"
+    if args.lam is None and sketched and not crops:
         rule = "12.8 / (the vectors that SIGReg sees in a step); legendre and spectral take 1"
         sys.exit(f"train.py: --recipe masked --sigreg sketched needs a --lam, such as {rule}")
-    if args.lam is None:  # the sketched one grows with the batch: the paper's 0.05 is at 256
-        lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if args.sigreg == "sketched" else 1.0
-        args.lam = chosen["lam"] = lam
+    if args.lam is None:  # the sketched statistic grows with the batch: the paper's 0.05 is at 256
+        lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if sketched else 0.05
+        args.lam = chosen["lam"] = lam if crops else 1.0
     if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
         limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
