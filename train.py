@@ -788,7 +788,7 @@ def add_run(parser):
     add("--micro-batch", type=int, help="images a rank has in memory at once; exact all the same")
     add("--epochs", type=int, help="passes over the data [3; 100; 300]")
     add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
-    add("--lr", type=float, help="AdamW's learning rate [2e-3; 2e-3; 1e-3; crops 5e-4]")
+    add("--lr", type=float, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
     add("--warmup-epochs", type=float, default=0.0, help="epochs in which the rate rises [0]")
     add("--weight-decay", type=float, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
@@ -866,7 +866,7 @@ def fill_in(args, count, side, world):
         "augment": "color" if crops or kind == 1 else "none",
         "batch_size": 128 if shapes else 256,
         "epochs": (3, 100, 300)[kind],
-        "lr": 5e-4 if crops else 1e-3 if kind == 2 else 2e-3,
+        "lr": 5e-4 if crops else (1e-3, 2e-3, 1e-3)[kind],
         "weight_decay": 5e-4 if "resne" in name else 0.05,
         "sigreg": "sketched" if crops else "legendre",
         "local_size": max(round(0.43 * (args.image_size or size) / patch), 1) * patch,
