@@ -307,8 +307,11 @@ def finetune(encoder, train_set, val_set, size, options, device):
     if rank:
         return {}
     top1 = score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0]
-    how = f"last of {total} steps of {batch} images; lr {lr:g}, layer decay {options.layer_decay:g}"
-    return {"finetune": round(top1, 2), "finetune_how": how}
+    used = {"lr": lr, "batch": batch, "steps": total, "smoothing": options.smoothing}
+    decay = options.layer_decay if hasattr(encoder, "blocks") else 1.0  # see layer_groups
+    used |= {"layer_decay": decay, "weight_decay": options.weight_decay}
+    how = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in used.items())
+    return {"finetune": round(top1, 2), **used, "finetune_how": f"last step; {how}"}
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -348,10 +351,7 @@ def export(encoder, path, about):
     """The encoder's state dict alone, a ViT's in timm's names, and how to feed it."""
     mean, std = train.MEAN_STD.tolist()
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    try:
-        torch.save({"state_dict": state, "mean": mean, "std": std, **about}, path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"probe.py: cannot write {path}: {str(error).splitlines()[0]}")
+    train.write({"state_dict": state, "mean": mean, "std": std, **about}, path, "probe.py")
     print(f"{path}: for images of {about['image_size']} px in [0, 1], less {mean}, over {std}")
     if hasattr(encoder, "blocks"):
         shape = f"img_size={about['image_size']}, patch_size={encoder.patch_size}"

@@ -98,11 +98,11 @@ def masked_loss(z_context, z_target, z_pred, z_back=None, *, masks, lam, regular
     """The loss of masked prediction, over encoded tokens x (context) and y (targets) without CLS.
 
         source A:      L = mean |z_pred - y|^2 + lam SIGReg(mean token of each image)
-        this default:  L = sum |z_pred - t|^2 / sum |t|^2 + lam (SIGReg(c) + SIGReg(t)) / 2
+        photographs:   L = sum |z_pred - t|^2 / sum |t|^2 + lam (SIGReg(c) + SIGReg(t)) / 2
                        c = centre(x), t = centre(y): each token less the mean of its place
 
-    A is relative=False, on="pooled" with a spectral regularizer; the default relative=True,
-    on="tokens" with a legendre one. z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded
+    A is relative=False, on="pooled", a spectral regularizer; photographs have relative=True,
+    on="tokens", a legendre one. z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded
     tokens, CLS first; z_pred (B, K, Nt, D). z_back (B, K, Nc, D), if there: the context predicted
     from each target; the error is then the mean of both directions. CLS is no target and in no
     sample of tokens: it could carry the spread. It enters the mean token, and the predictor.

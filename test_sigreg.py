@@ -718,13 +718,13 @@ def step_gradients(flags, at_once, dtype, world=1, rank=0):
     return loss.detach(), torch.cat([p.grad.flatten() for p in parameters])
 
 
-ONE = "--directions one --pred mse --sigreg-on pooled"
+TOKENS = "--sigreg-on tokens --directions both --pred relative"
 PIECES = [
-    f"{ONE} --sigreg spectral --masks-per image --augment color",
-    "--masks-per image",
-    "--sigreg sketched --lam 0.1",
+    "--sigreg spectral --augment color",
+    TOKENS,
+    f"--sigreg sketched --lam 0.1 --masks-per batch {TOKENS}",
     "--recipe crops",
-    f"{ONE} --stop-grad --targets full",
+    "--stop-grad --targets full",
 ]
 
 
@@ -738,11 +738,11 @@ def test_micro_batches_have_the_gradient_of_the_batch(flags):
     assert off(pieces, whole) <= 1e-5
 
 
-MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none|--sigreg-on pooled
---pred mse|--directions one|--targets full|--predictor transformer|--masks random|--masks-per image
---num-targets 3|--min-context 0.6|--target-scale 0.4 0.4|--augment color|--seed 1
+MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none|--sigreg-on tokens
+--pred relative|--directions both|--targets full|--predictor transformer|--masks random|--seed 1
+--masks-per batch|--num-targets 3|--min-context 0.6|--target-scale 0.2 0.2|--augment color
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
---recipe crops --proj-dim 8|--recipe crops --augment color
+--recipe crops --proj-dim 8|--recipe crops --augment color|--sigreg-on tokens --masks-per batch
 --predictor-size 2|--predictor transformer --predictor-size 2"""
 
 
@@ -927,7 +927,7 @@ def test_signals_save_and_continue(number, flags, tmp_path):
     next(line for line in process.stdout if line.startswith("step 4/"))
     os.killpg(process.pid, number)  # as torchrun does: the loaders get it, too
     rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "is saved; the same command continues" in rest and not errors
+    assert process.returncode == 0 and "saved; the same command continues" in rest and not errors
     assert 4 <= torch.load(cut, weights_only=True)["step"] < 14
     assert same_weights(run_train(cut, flags), run_train(tmp_path / "whole.pt", flags))
     assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
@@ -939,16 +939,16 @@ def test_a_signal_on_one_rank_stops_all(monkeypatch):
 
 
 def test_a_path_is_claimed_from_the_start(trained, tmp_path):
-    """By a checkpoint of step 0 for other settings, by a lock of the log for the same ones."""
+    """By a lock of the log; a run that made no step leaves the path to any other."""
     path = tmp_path / "ckpt.pt"
     flags = [*TINY, "--steps", "9999", "--ckpt", str(path)]
     command = [sys.executable, str(HERE / "train.py"), *flags, "--save-every", "99999"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     next(line for line in first.stdout if line.startswith("step"))
-    refuse(train.main, [*flags, "--lam", "2"], "lam=1.0, this command says 2.0")
-    refuse(train.main, flags, "another run writes .*ckpt.jsonl now")
+    for more in ([], ["--lam", "2"]):
+        refuse(train.main, [*flags, *more], "another run writes .*ckpt.jsonl now")
     first.kill(), first.communicate()
-    run_train(path)  # the same command may, once the first is gone
+    run_train(path, "--lam 2")  # once the first is gone
     path.unlink()
     refuse(train.main, [*TINY, "--ckpt", path], "ckpt.jsonl is the log of a run")
 
@@ -1034,13 +1034,14 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
     assert crops == [0.05, 0.0031] and filled("").lam == 1
     assert filled("--recipe crops --sigreg legendre").lam == 0.05  # at 1 nothing is predicted
-    assert [filled(flags).directions for flags in ("", "--ema 0.9")] == ["both", "one"]
+    flags = "--data x", "--data x --ema 0.9", "", "--model vit_b16 --batch-size 64"
+    assert [filled(f).directions for f in flags] == ["both", "one", "one", "both"]
     with pytest.raises(SystemExit, match="--batch-size 2 must be at least 2 and 3 ranks"):
         train.fill_in(train.parse_args(["--batch-size", "2"]), 20_000, 32, world=3)
-    run_train(tmp_path / "b.pt", "--steps 1 --sigreg-on pooled")
+    run_train(tmp_path / "b.pt", "--steps 1")
     said = capsys.readouterr().out
     assert "shapes, drawn here (--data FOLDER takes yours)" in said
-    assert "32 vectors of 128 numbers, too few to be white" in said
+    assert "32 vectors of 128 numbers a step, too few to be white" in said
 
 
 def jpeg_folder(folder, per_class=12, classes=2, size=40):
@@ -1125,6 +1126,8 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(folder / "train" / "class1" / "one.gif")
     data = train.open_data(str(folder), "", "train")
     assert len(data) == 7 and "left out 3 files, such as " in capsys.readouterr().out
+    (folder / "train" / "class0" / "loop").symlink_to(folder / "train" / "class0")
+    assert len(train.open_data(str(folder), "", "train")) == 7
 
 
 def test_a_broken_image_ends_in_one_line_and_other_images_are_refused(tmp_path, monkeypatch):

@@ -53,17 +53,18 @@ from masks import multi_block_masks, random_masks
 
 # ---------------------------------------------------------------------------------------- the loop
 def train(args, data, device, rank, world):
-    """draw -> forward -> loss -> backward -> step -> log -> save, from the checkpoint's step on."""
+    """draw -> forward -> loss -> backward -> step -> log -> save, from the checkpoint's step on.
+    Returns the last step, and how many there are to be."""
     net, parts = build(args, device)  # the same modules: net is called, parts are saved
     encoder, optimizer, teacher = parts["encoder"], parts["optimizer"], parts.get("teacher")
     per_epoch = len(data) // args.batch_size
     total, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
     done = resume(args, parts, total, rank, world)  # steps of the checkpoint
     if done >= total:
-        return
-    log = Log(args, parts, done, total) if rank == 0 else None
+        return done, total
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
     batches, device_crops = load(args, data, done, total, rows, device)
+    log = Log(args, parts, done, total) if rank == 0 else None
     grid = getattr(encoder, "grid", None)  # patches a side
     net = parallel(net, args, device)
     update_teacher = get_ema_multi_avg_fn(args.ema)
@@ -98,6 +99,7 @@ def train(args, data, device, rank, world):
             save(args, parts, step)
         if stop:
             break
+    return step, total
 
 
 # ----------------------------------------------------- what the loop is made of, in order of use
@@ -279,15 +281,12 @@ class Log:
         lines = self.file.readlines()
         if lines and not ckpt.exists():
             sys.exit(f"train.py: {path} is the log of a run without {ckpt}; move the log, too")
-        if not ckpt.exists():
+        if done == 0:
             save(args, parts, 0)
-        dim = args.proj_dim if args.recipe == "crops" else parts["encoder"].dim
-        if args.batch_size <= dim and (args.recipe == "crops" or args.sigreg_on == "pooled"):
-            few = f"SIGReg sees {args.batch_size} vectors of {dim} numbers, too few to be white"
-            print(f"train.py: {few}: take a larger batch, or tokens (--sigreg-on)")
+            warn_of_small_sample(args, parts["encoder"])
         # each step stands once, and a line cut short by a kill goes
         whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line).get("step", 0) <= done]
+        kept = [line for line in whole if done and json.loads(line).get("step", 0) <= done]
         self.file.truncate(sum(len(line.encode()) for line in kept))
         if not kept:
             command = {"command": " ".join(sys.argv), "args": vars(args)}
@@ -306,21 +305,35 @@ class Log:
         print("  ".join([f"step {step}/{self.total}", *numbers, f"eta {eta}"]), flush=True)
 
 
+def warn_of_small_sample(args, encoder):
+    """One line where SIGReg's sample has no more rows than dimensions."""
+    dim, count = args.proj_dim if args.recipe == "crops" else encoder.dim, args.batch_size
+    if args.recipe == "masked" and args.sigreg_on == "tokens":
+        count *= max(int(args.min_context * encoder.grid**2), 1)
+    if args.sigreg != "none" and count <= dim:
+        few = f"SIGReg sees {count} vectors of {dim} numbers a step, too few to be white"
+        print(f"train.py: {few}: take a larger --batch-size or a narrower network")
+
+
 # what may differ between the run that wrote a checkpoint and the one that continues it
 MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
 
 
 def save(args, parts, step):
-    """Writes the checkpoint; a kill or a full disk leaves the old file whole, and no other."""
-    path = Path(args.ckpt)
-    temporary = path.with_name(path.name + ".tmp")
     state = {name: part.state_dict() for name, part in parts.items()}
+    write(state | {"step": step, "args": vars(args)}, args.ckpt, "train.py")
+
+
+def write(state, path, script):
+    """Writes a file of torch's; a kill or a full disk leaves the old one whole, and no other."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        torch.save(state | {"step": step, "args": vars(args)}, temporary)
+        torch.save(state, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
         temporary.unlink(missing_ok=True)
-        sys.exit(f"train.py: cannot write {path}, left as it was: {str(error).splitlines()[0]}")
+        sys.exit(f"{script}: cannot write {path}, left as it was: {str(error).splitlines()[0]}")
 
 
 def load_checkpoint(path):
@@ -350,7 +363,7 @@ def resume(args, parts, total, rank, world):
     if len({*found}) > 1:
         differ = "ranks differ in (step of the checkpoint, images and hash of their names)"
         sys.exit(f"train.py: {differ}: {found}; all must see the same files")
-    if saved is None:
+    if saved is None or saved["step"] == 0:  # no step is lost
         return 0
     check_settings(path, saved["args"], vars(args))
     for name, part in parts.items():
@@ -396,6 +409,8 @@ def ranks(script, device):
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=here)
     try:
         yield device, rank, world
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted")
     except torch.OutOfMemoryError as error:
         less = "--micro-batch 256 gives the same result" if script == "train.py" else "fewer pixels"
         sys.exit(f"{script}: out of memory: {less} in less ({str(error).splitlines()[0]})")
@@ -523,17 +538,24 @@ def open_data(data, root, split, seed=0, image_size=32):
             dist.barrier()
         return found
     except (OSError, RuntimeError, ImportError) as error:  # no folder, no class, no network ...
-        wanted = f"a folder with {split}/<class>/<images>, or one of {' '.join(DATASETS)}"
-        sys.exit(f"train.py: --data {data} is not {wanted}: {str(error).splitlines()[0]}")
+        wanted = f"not a folder with {split}/<class>/<images>, or shapes {' '.join(DATASETS)}"
+        wanted = f"not in {root} and cannot be had" if data in DATASETS else wanted
+        sys.exit(f"train.py: --data {data} is {wanted}: {str(error).splitlines()[0]}")
 
 
 def open_folder(folder):
-    """torchvision's ImageFolder; rank 0 says how many other files it leaves out."""
+    """torchvision's ImageFolder; rank 0 says how many other files it leaves out.
+
+    A folder that links reach on several ways counts once in a class.
+    """
     endings, others = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif"), []
+    real, ways = cache(os.path.realpath), {}
 
     def is_image(path):
-        inside = path[len(str(folder)) :].lower()
-        return inside.endswith(endings) and "/." not in inside or others.append(path)
+        here, inside = os.path.dirname(path), path[len(str(folder)) :].lower()
+        once = ways.setdefault((real(here), inside.split(os.sep)[1]), here) == here
+        is_one = once and inside.endswith(endings) and "/." not in inside
+        return is_one or others.append(path)
 
     data = datasets.ImageFolder(folder, np.array, loader=read_image, is_valid_file=is_image)
     if others and os.environ.get("RANK", "0") == "0":
@@ -746,6 +768,21 @@ LEAST = {  # what an option must be at least
 }
 
 
+# fmt: off
+DEFAULTS = {  # of the masked recipe, by the kind of data; more in fill_in
+    #                shapes       up to 96 px  larger
+    "augment":      ("none",      "color",     "none"),
+    "masks_per":    ("image",     "batch",     "batch"),
+    "target_scale": ([0.4, 0.6],  [0.2, 0.3],  [0.2, 0.3]),
+    "pred":         ("mse",       "relative",  "relative"),
+    "directions":   ("one",       "both",      "both"),
+    "sigreg_on":    ("pooled",    "tokens",    "tokens"),
+    "epochs":       (5,           100,         300),
+    "lr":           (1e-3,        2e-3,        1e-3),
+}
+# fmt: on
+
+
 def add_method(parser):
     """The options of data, model and loss. Defaults in brackets; None is filled in by the data."""
     add = parser.add_argument_group("data").add_argument
@@ -764,16 +801,16 @@ def add_method(parser):
     add("--predictor-size", type=int, default=4, help="mlp: width / encoder's; else blocks [4]")
     add("--proj-dim", type=int, default=64, help="crops: width of the projection [64]")
     add("--masks", choices=["blocks", "random"], default="blocks", help="shape [blocks]")
-    add("--masks-per", choices=["batch", "image"], default="batch", help="one mask a [batch]")
+    add("--masks-per", choices=["batch", "image"], help="a mask for each [image; batch; batch]")
     add("--num-targets", type=int, default=2, help="target blocks of an image [2]")
-    add("--target-scale", type=float, nargs=2, default=[0.2, 0.3], help="of the image [0.2 0.3]")
+    add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
     add("--min-context", type=float, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
-    add("--pred", choices=["relative", "mse"], default="relative", help="error [relative]")
-    add("--directions", choices=["one", "both"], help="context from targets, too [both]")
+    add("--pred", choices=["relative", "mse"], help="squared error [mse; relative; relative]")
+    add("--directions", choices=["one", "both"], help="of prediction [one; both; both]")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
-    add("--sigreg-on", choices=["tokens", "pooled"], default="tokens", help="sample [tokens]")
+    add("--sigreg-on", choices=["tokens", "pooled"], help="sample [pooled; tokens; tokens]")
     add("--lam", type=float, help="SIGReg's weight [masked 1; crops 12.8 / batch, at most 0.5]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: image [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
@@ -784,9 +821,9 @@ def add_method(parser):
 def add_run(parser):
     """The options of the optimizer and of the run."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=int, help="images a step, over all ranks [128; 256; 256]")
+    add("--batch-size", type=int, default=256, help="images a step, over all ranks [256]")
     add("--micro-batch", type=int, help="images a rank has in memory at once; exact all the same")
-    add("--epochs", type=int, help="passes over the data [3; 100; 300]")
+    add("--epochs", type=int, help="passes over the data [5; 100; 300]")
     add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
     add("--lr", type=float, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
@@ -840,9 +877,9 @@ def check(args):
     one_way = args.stop_grad or args.ema or args.targets == "full"  # without gradient, or all seen
     if one_way and args.directions == "both":
         sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
-    if args.recipe == "masked":
-        args.directions = args.directions or ("one" if one_way else "both")
-    elif (args.lam or 0) > 1:
+    if one_way:
+        args.directions = "one"
+    if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
 
 
@@ -855,18 +892,20 @@ def fill_in(args, count, side, world):
     small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
     name = args.model or ("vit_s16" if kind == 2 else small)
     # what divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others
-    vit = re.fullmatch(r"vit_[a-z](\d+)", name)
-    patch = max(int(vit[1]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
+    vit = re.fullmatch(r"vit_([a-z])(\d+)", name)
+    patch = max(int(vit[2]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
     enlarge = kind == 2 or vit and side < 4 * patch  # few patches leave nothing to mask
     size = 224 // patch * patch if enlarge else max(side // patch, 2) * patch
     cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    chosen = {
+    chosen = {name: choices[kind] for name, choices in DEFAULTS.items()}
+    if shapes and vit and model.SIZES.get(vit[1], (0,))[0] >= 256:
+        # 256 pooled vectors of such a network cannot be white; its tokens, as of photographs, can
+        names = "masks_per target_scale pred directions sigreg_on"
+        chosen |= {name: DEFAULTS[name][2] for name in names.split()}
+    chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
+    chosen |= {
         "model": name,
         "image_size": size,
-        "augment": "color" if crops or kind == 1 else "none",
-        "batch_size": 128 if shapes else 256,
-        "epochs": (3, 100, 300)[kind],
-        "lr": 5e-4 if crops else (1e-3, 2e-3, 1e-3)[kind],
         "weight_decay": 5e-4 if "resne" in name else 0.05,
         "sigreg": "sketched" if crops else "legendre",
         "local_size": max(round(0.43 * (args.image_size or size) / patch), 1) * patch,
@@ -911,10 +950,11 @@ def main(argv=None):
             print(f"train.py: {args.recipe} on {len(data):,} images of {args.data}, {about}")
             values = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
             print(f"train.py: {world} x {device.type}; chosen: {', '.join(values)}")
-        train(args, data, device, rank, world)
+        step, total = train(args, data, device, rank, world)
         if rank == 0:
-            then = f"the same command continues; python probe.py {args.ckpt} evaluates"
-            print(f"train.py: {args.ckpt} is saved; {then}")
+            next_one = f"next: python probe.py {args.ckpt}"
+            then = next_one if step >= total else "saved; the same command continues"
+            print(f"train.py: step {step} of {total}; {then}")
 
 
 if __name__ == "__main__":
