@@ -1249,7 +1249,7 @@ def test_every_view_is_drawn_on_its_own():
         for seed in (1, 2):
             every += train.draw(args, [images], crops, rows, 4, seed)[0]
     every = torch.cat(every).flatten(1)
-    assert len(every) == 32 and len(every.unique(dim=0)) >= 28  # one in five colours is left alone
+    assert len(every) == 32 and len(every.unique(dim=0)) >= 24  # some colours are left alone (0.16)
 
 
 def test_masks_of_the_batch_are_one_and_of_the_images_many():
