@@ -4,7 +4,7 @@
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data photos                           # a folder: photos/train/<class>/*.jpg
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
-    torchrun --nproc_per_node=8 train.py --data imagenet --model vit_b16 --lr 1.5e-4 ...
+    torchrun --nproc_per_node=8 train.py --data photos --model vit_b16 --batch-size 4096 --lr 1.5e-4
 
 `--recipe masked` (source A, the default) hides blocks of the image from the encoder and predicts
 their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several crops of an image and
@@ -320,6 +320,7 @@ MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp c
 
 
 def save(args, parts, step):
+    """The checkpoint of this step: the parts' states by name, the step, the settings."""
     state = {name: part.state_dict() for name, part in parts.items()}
     write(state | {"step": step, "args": vars(args)}, args.ckpt, "train.py")
 
@@ -681,6 +682,7 @@ def photometric(x, u, p_blur=0.0, p_solarize=0.0):
 
 
 def gray(x, luma):
+    """x (B, 3, H, W) -> (B, 1, H, W): the channels, weighted by luma (3, 1, 1)."""
     return (x * luma).sum(1, keepdim=True)
 
 
