@@ -111,25 +111,3 @@ def multi_block_masks(
     context = torch.zeros_like(free).scatter(1, chosen, True).nonzero()[:, 1].view(-1, length)
     row, col = (x.nonzero()[:, 2].view(batch_size, num_targets, -1) for x in (rows, cols))
     return context, (width * row[..., None] + col[:, :, None]).flatten(2)
-
-
-def random_masks(
-    batch_size, grid, num_targets=4, target_scale=(0.15, 0.2), min_context=0.25, generator=None
-):
-    """The same pair without blocks: patches drawn independently of their neighbours.
-
-    Each target set is a random share of the grid in target_scale, disjoint from its image's others
-    as long as min_context of the grid stays free (else they overlap); the context is a share in
-    CONTEXT_SCALE of the rest.
-    """
-    height, width = _check(batch_size, grid, num_targets, min_context, target_scale)
-    num_patches = height * width
-    pool = min(max(num_patches - max(round(min_context * num_patches), 1), 1), num_patches - 1)
-    size = min(max(round(_uniform(target_scale, generator) * num_patches), 1), pool)
-    device = generator.device if generator else None
-    order = torch.rand(batch_size, num_patches, generator=generator, device=device).argsort(1)
-    at = torch.arange(num_targets * size, device=device) % pool
-    targets = order[:, at].view(batch_size, num_targets, size).sort().values
-    rest = order[:, min(pool, num_targets * size) :]
-    length = max(round(_uniform(CONTEXT_SCALE, generator) * rest.shape[1]), 1)
-    return rest[:, :length].sort().values, targets

@@ -237,13 +237,13 @@ def frozen_probes(encoder, train_set, val_set, options, device):
 def layer_groups(encoder, head, decay, weight_decay):
     """AdamW's parameter groups, one a tensor, with `scale`: decay for each layer below the head.
 
-    Of a ViT layer 0 comes before the first block, then each block is one; the last norm is the
-    head's. Other encoders have no layers: their rates are the head's. Matrices alone decay.
+    Layer 0 comes before a ViT's first block, then each block is one; the last norm is the head's.
+    Matrices alone decay.
     """
     groups, top = [], len(getattr(encoder, "blocks", ())) + 1
     for name, p in [*encoder.named_parameters(), *head.named_parameters()]:
         block = re.match(r"blocks\.(\d+)\.", name)
-        first = top > 1 and re.match("patch_embed|cls_token|pos_embed", name)
+        first = re.match("patch_embed|cls_token|pos_embed", name)
         layer = int(block[1]) + 1 if block else 0 if first else top
         matrix = name.endswith("weight") and p.ndim >= 2
         group = {"params": [p], "scale": decay ** (top - layer)}
@@ -269,7 +269,7 @@ def finetune(encoder, train_set, val_set, size, options, device):
 
     AdamW; the rate falls by --layer-decay with each block below the head, warms up over a twentieth
     of the steps and ends on half a cosine. Random crops and flips; smoothed labels. Ranks split the
-    batch. Returns `finetune`, top-1 of the last step, on rank 0, and {} on the others.
+    batch. Returns `finetune`, top-1 of the last step; other ranks than 0 score their part alone.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
@@ -280,7 +280,7 @@ def finetune(encoder, train_set, val_set, size, options, device):
     total = options.steps or options.epochs * per_pass
     net = Classifier(copy.deepcopy(encoder).requires_grad_(True), classes).to(device).train()
     groups = layer_groups(net.encoder, net.head, options.layer_decay, options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr, fused=device.type == "cuda")
     rows = torch.arange(batch).tensor_split(world)[rank]
     keys = train.batch_keys(len(train_set), batch, 0, total, options.seed, rows)
     crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
@@ -304,12 +304,9 @@ def finetune(encoder, train_set, val_set, size, options, device):
         sys.exit("probe.py: fine-tuning became non-finite; lower --lr")
     settings = {"workers": options.workers, "amp": options.amp}
     x, y = extract_features(net.encoder.eval(), train.Images(val_set, size), **settings)
-    if rank:
-        return {}
     top1 = score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0]
-    used = {"lr": lr, "batch": batch, "steps": total, "smoothing": options.smoothing}
-    decay = options.layer_decay if hasattr(encoder, "blocks") else 1.0  # see layer_groups
-    used |= {"layer_decay": decay, "weight_decay": options.weight_decay}
+    used = {"lr": lr, "batch": batch, "steps": total}
+    used |= {name: getattr(options, name) for name in ("smoothing", "layer_decay", "weight_decay")}
     how = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in used.items())
     return {"finetune": round(top1, 2), **used, "finetune_how": f"last step; {how}"}
 
@@ -427,6 +424,7 @@ def load_encoder(options, checkpoint):
     # by default both readouts from one pass: source A's, the last block, and I-JEPA's, four
     default = is_vit and not (options.layers or options.pool != "avg")
     options.layers = options.layers or 1
+    options.layer_decay = options.layer_decay if is_vit else 1.0  # no other encoder has layers
     options.blocks = min(4, len(encoder.blocks)) if default else options.layers
     wants = {f"--pool {options.pool}": options.pool != "avg", "--layers": options.layers > 1}
     for flag, asked in (wants | {"--pca": options.pca}).items():

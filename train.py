@@ -48,7 +48,7 @@ from torchvision.transforms import v2
 
 import model
 import sigreg
-from masks import multi_block_masks, random_masks
+from masks import multi_block_masks
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -65,14 +65,12 @@ def train(args, data, device, rank, world):
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
     batches, device_crops = load(args, data, done, total, rows, device)
     log = Log(args, parts, done, total) if rank == 0 else None
-    grid = getattr(encoder, "grid", None)  # patches a side
     net = parallel(net, args, device)
     update_teacher = get_ema_multi_avg_fn(args.ema)
     caught = catch_signals()
-    healthy = torch.ones((), dtype=torch.bool, device=device)
     for step, images in enumerate(batches, done + 1):
         seed = args.seed * 100_003 + step
-        views, masks = draw(args, images, device_crops, rows, grid, seed)
+        views, masks = draw(args, images, device_crops, rows, encoder, seed)
         torch.manual_seed(seed * world + rank)  # for dropout and stochastic depth in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             embeddings = net(views, *masks)
@@ -85,12 +83,11 @@ def train(args, data, device, rank, world):
         optimizer.zero_grad()
         if teacher:  # --ema, for comparison with I-JEPA
             update_teacher(list(teacher.parameters()), list(encoder.parameters()), None)
-        healthy &= loss.detach().isfinite()  # stays on the GPU: to read it is to wait for it
         stop = on_any_rank(caught, world)
         log_now = step % args.log_every == 0 or step == total
         save_now = step % args.save_every == 0 or step == total or stop
         if log_now or save_now:  # no bad step overwrites a good checkpoint
-            check_health(healthy, net, step, args.ckpt)
+            check_health(loss, net, step, args.ckpt)
         if log_now:
             measured = diagnostics(args, embeddings, loss, pred, reg)  # over all ranks
             if rank == 0:
@@ -159,19 +156,18 @@ def parallel(net, args, device):
 
 def draw_masks(args, grid, count, generator=None):
     """context (count, Nc), targets (count, K, Nt) on the CPU, as the flags ask for."""
-    make = multi_block_masks if args.masks == "blocks" else random_masks
     sizes = args.num_targets, args.target_scale, args.min_context
-    return make(count, grid, *sizes, generator=generator)
+    return multi_block_masks(count, grid, *sizes, generator)
 
 
-def draw(args, images, device_crops, rows, grid, seed):
+def draw(args, images, device_crops, rows, encoder, seed):
     """Views and masks of a step: a function of its seed and of the images.
 
     images: this rank's B, a list of uint8 tensors on the device. Either they are cropped: G global
     crops (B, G, 3, S, S), then L local ones (B, L, 3, s, s) if any; or they are whole, (B, 3, H,
     W), and device_crops lists what is cropped here: (count, size, least and most share of the
     image) of each kind. rows (B,): their places in the global batch. Every rank samples for the
-    whole batch and takes its rows, so that any number of ranks sees the same. grid: patches a side.
+    whole batch and takes its rows, so that any number of ranks sees the same.
     Returns views, G + L of (B, 3, size, size), normalised, of the masked recipe two, for context
     and targets; and masks, (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
@@ -183,7 +179,8 @@ def draw(args, images, device_crops, rows, grid, seed):
         views += [resized_crop(images[0], send(u, device), size, scale) for u in draws]
     views = views or [view for part in images for view in part.unbind(1)]
     if args.recipe == "masked":
-        masks = draw_masks(args, grid, count if args.masks_per == "image" else 1, generator)
+        different = count if args.masks_per == "image" else 1
+        masks = draw_masks(args, encoder.grid, different, generator)
         masks = [send(m[rows % len(m)], device) for m in masks]
         views = [*views, *views]
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops alone
@@ -234,9 +231,9 @@ def on_any_rank(happened, world):
     return bool(flag)
 
 
-def check_health(healthy, net, step, ckpt):
-    """Ends the run if any loss was not finite, or any weight is not: a finite loss can do that."""
-    if not healthy or not all(p.isfinite().all() for p in net.parameters()):
+def check_health(loss, net, step, ckpt):
+    """Ends the run if the loss or a weight is not finite. A bad step of before shows in weights."""
+    if not loss.isfinite() or not all(p.isfinite().all() for p in net.parameters()):
         again = f"begin again with a lower --lr and another --ckpt; {ckpt} has the last good step"
         sys.exit(f"train.py: loss or weight non-finite by step {step}: {again}")
 
@@ -760,7 +757,7 @@ def leave_signals(worker):
 # ------------------------------------------------------------------------------------ command line
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim",
-    "crops": "predictor predictor_size masks masks_per num_targets target_scale min_context pred "
+    "crops": "predictor predictor_size masks_per num_targets target_scale min_context pred "
     "directions sigreg_on targets stop_grad ema",
 }
 LEAST = {  # what an option must be at least
@@ -802,7 +799,6 @@ def add_method(parser):
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
     add("--predictor-size", type=int, default=4, help="mlp: width / encoder's; else blocks [4]")
     add("--proj-dim", type=int, default=64, help="crops: width of the projection [64]")
-    add("--masks", choices=["blocks", "random"], default="blocks", help="shape [blocks]")
     add("--masks-per", choices=["batch", "image"], help="a mask for each [image; batch; batch]")
     add("--num-targets", type=int, default=2, help="target blocks of an image [2]")
     add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
