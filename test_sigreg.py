@@ -19,6 +19,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def test_degenerate_batches_are_finite(name, z, collapsed, dtype):
     for loss in (sigreg.spectral_sigreg, sigreg.legendre_sigreg, sketched):
         value, grad = gradient(loss, z)
         assert value.isfinite() and grad.isfinite().all() and value.dtype != torch.bfloat16
+    flat = lambda z: sigreg.prediction_loss(z, z.new_zeros(z.shape), relative=True)
+    assert gradient(flat, torch.zeros_like(z))[1].isfinite().all()  # nothing to predict
     value, grad = gradient(sigreg.spectral_sigreg, z)
     size = z.float().abs().max().clamp_min(1e-6)
     assert 0 <= value <= math.log(8) + 1e-12
@@ -229,18 +232,6 @@ def test_masked_loss_is_its_definition(on, relative, own_masks):
         assert expected.abs().max() > 0 and off(got, expected) <= 1e-9
 
 
-@pytest.mark.parametrize("own_masks", [False, True])
-def test_tokens_that_hold_nothing_but_their_place_are_centred_away(own_masks):
-    """Else the place alone would satisfy SIGReg, as it did with an index's mean for every mask."""
-    places = masks.multi_block_masks(200 if own_masks else 1, 8, 2, generator=generator())
-    places = [x.expand(200, *x.shape[1:]) for x in places]
-    table = gaussian(64, 16)  # a vector for each place
-    for indices in places:
-        z = sigreg.centre(table[indices], indices if own_masks else None, 64)
-        assert z.abs().max() < 1e-12
-        assert sigreg.legendre_sigreg(z.flatten(0, -2)) > 4
-
-
 @pytest.mark.parametrize("views, num_global", [(8, 2), (3, 3)])
 def test_multi_view_loss_is_its_definition(views, num_global):
     z, directions = gaussian(views * 20, 6).view(views, 20, 6), sigreg.random_directions(6, 7, 0)
@@ -255,20 +246,6 @@ def test_multi_view_loss_is_its_definition(views, num_global):
     (value, grad), (wanted, wanted_grad) = gradient(ours, z), gradient(reference, z)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-10)
     assert off(grad, wanted_grad) <= 1e-10
-
-
-def test_relative_prediction_loss_is_the_unexplained_share():
-    target = sigreg.centre(gaussian(20, 6 * 5).view(20, 6, 5) * 3 + 7).requires_grad_()
-    relative = partial(sigreg.prediction_loss, relative=True)
-    assert relative(torch.zeros_like(target), target).item() == pytest.approx(1, rel=1e-12)
-    guess = gaussian(20, 6 * 5, seed=1).view(20, 6, 5)
-    wanted = (guess - target).square().mean() / target.square().mean()
-    assert relative(guess, target).item() == pytest.approx(wanted.item(), rel=1e-12)
-    # shrinking prediction and targets together lowers the squared error and not this
-    (slope,) = torch.autograd.grad(relative(0.5 * target, target), target)
-    assert (slope * target).sum().abs() < 1e-12
-    flat = torch.zeros(4, 3, requires_grad=True)
-    assert torch.autograd.grad(relative(flat, flat), flat)[0].isfinite().all()
 
 
 Z4 = torch.zeros(3, 4)
@@ -437,16 +414,12 @@ def test_gradient_over_ranks_is_that_of_one_process(shares, exact, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- masks
-KINDS = [masks.multi_block_masks, masks.random_masks]
-
-
-@pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("grid", [2, 3, 14, (1, 4), (16, 3)])
-def test_masks_are_legal_on_any_grid(make, grid):
+def test_masks_are_legal_on_any_grid(grid):
     height, width = (grid, grid) if isinstance(grid, int) else grid
     for seed, count in itertools.product(range(5), (1, 33)):
-        context, targets = make(count, grid, generator=generator(seed))
-        again = make(count, grid, generator=generator(seed))
+        context, targets = masks.multi_block_masks(count, grid, generator=generator(seed))
+        again = masks.multi_block_masks(count, grid, generator=generator(seed))
         assert torch.equal(context, again[0]) and torch.equal(targets, again[1])
         assert context.dtype == targets.dtype == torch.int64
         assert context.shape[0] == targets.shape[0] == count and targets.shape[1] == 4
@@ -477,11 +450,11 @@ def test_block_masks_are_blocks_of_the_asked_size(monkeypatch):
     assert abs(np.corrcoef(sizes, ratios)[0, 1]) < 0.2
 
 
-@pytest.mark.parametrize("make", KINDS)
-def test_mask_frequencies_are_symmetric(make):
+def test_mask_frequencies_are_symmetric():
     counts = torch.zeros(2, 14 * 14)
     for seed in range(60):
-        for i, indices in enumerate(make(1000, 14, generator=generator(seed))):
+        pair = masks.multi_block_masks(1000, 14, generator=generator(seed))
+        for i, indices in enumerate(pair):
             counts[i] += indices.flatten().bincount(minlength=196)
     frequency = (counts / 60_000).view(2, 14, 14)
     assert (frequency - frequency.flip(1)).abs().max() < 0.03
@@ -492,9 +465,9 @@ def test_mask_frequencies_are_symmetric(make):
 def test_masks_name_the_impossible_argument():
     wrong = {"batch_size": 0, "grid": 1, "num_targets": 0, "min_context": 0.0}
     wrong = [*wrong.items(), *(("target_scale", x) for x in ((0.2, 0.1), (0.5, 1.0), (0.0, 0.1)))]
-    for make, (name, value) in itertools.product(KINDS, wrong):
+    for name, value in wrong:
         with pytest.raises(ValueError, match=rf"^masks\.py: {name} "):
-            make(**{"batch_size": 4, "grid": 8} | {name: value})
+            masks.multi_block_masks(**{"batch_size": 4, "grid": 8} | {name: value})
 
 
 def test_blocks_have_places_of_their_own_and_contexts_do_not_starve(monkeypatch):
@@ -511,16 +484,6 @@ def test_blocks_have_places_of_their_own_and_contexts_do_not_starve(monkeypatch)
     monkeypatch.undo()
     _, targets = masks.multi_block_masks(400, 14, 4, (0.2, 0.2), 0.4, generator())
     assert (targets[:, 0] != targets[:, 1]).any(1).sum() > 360  # drawn again, not repeated
-
-
-def test_random_masks_are_disjoint_and_leave_a_context(monkeypatch):
-    monkeypatch.setattr(masks, "CONTEXT_SCALE", (0.5, 0.5))
-    context, targets = masks.random_masks(50, 16, 3, (0.2, 0.2), generator=generator())
-    assert targets.shape[2] == 51 and context.shape[1] == round((256 - 3 * 51) / 2)
-    assert (targets.flatten(1).sort().values.diff(dim=1) > 0).all()
-    monkeypatch.setattr(masks, "CONTEXT_SCALE", (1, 1))
-    context, _ = masks.random_masks(2, 14, 4, (0.3, 0.3), generator=generator())  # these overlap
-    assert context.shape[1] == 49
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -586,19 +549,11 @@ def test_last_layers_stand_side_by_side():
     assert torch.equal(three, wanted)
 
 
-@pytest.mark.parametrize("make", [None, *PREDICTORS])
-def test_traced_and_exported_modules_take_any_batch_size(make):
-    context, targets = masks.multi_block_masks(1, 4, 2, generator=generator())
-    module, count = small_vit() if make is None else make(128, 16), 1 if make is None else 3
-    inputs = [torch.randn(1, 3, 32, 32), torch.randn(1, 1 + context.shape[1], 128)][
-        make is not None
-    ]
-    several = [x.repeat(5, *[1] * (x.ndim - 1)) for x in (inputs, context, targets)][:count]
-    two = tuple(x[:2] for x in several)
-    shapes = ({0: torch.export.Dim("batch")},) * count
-    exported = torch.export.export(module, two, dynamic_shapes=shapes).module()
-    for other in (torch.jit.trace(module, two), exported):
-        torch.testing.assert_close(other(*several), module(*several))
+def test_exported_encoders_take_any_batch_size():
+    encoder, images = small_vit(), torch.randn(5, 3, 32, 32)
+    batch = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+    exported = torch.export.export(encoder, (images[:2],), **batch).module()
+    torch.testing.assert_close(exported(images), encoder(images))
 
 
 @pytest.mark.parametrize("make", PREDICTORS)
@@ -612,8 +567,6 @@ def test_predictors_know_places_and_keep_images_apart(make):
     (slope,) = torch.autograd.grad(z[0].sum(), tokens)
     assert slope[0].abs().max() > 0 and slope[1:].abs().max() == 0
     tokens, back = tokens.detach(), torch.arange(context.shape[1]).flip(0)
-    turned = tokens[:, [0, *(1 + back)]]
-    torch.testing.assert_close(predict(turned, context[:, back], targets), z)  # a set with places
     torch.testing.assert_close(predict(tokens, context, targets.flip(2)), z.flip(2))
     moved = predict(tokens, context[:, back], targets)
     assert torch.allclose(moved, z) == (make is model.MLPPredictor)
@@ -671,6 +624,9 @@ def test_heuristics_do_what_they_say():
         torch.testing.assert_close(z_target[:, :, 1:], wanted)
 
 
+GRID = types.SimpleNamespace(grid=4)
+
+
 class Pixels(torch.nn.Module):
     """Tokens of images (B, 3, S, S): their pixels, behind a CLS token that must not be read."""
 
@@ -707,7 +663,7 @@ def step_gradients(flags, at_once, dtype, world=1, rank=0):
     mine = torch.arange(25).tensor_split(world)[rank]
     images = torch.from_numpy(np.stack([train.Shapes()[i][0] for i in mine])).permute(0, 3, 1, 2)
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
-    views, drawn = train.draw(args, [images], crops, mine, 4, seed=5)
+    views, drawn = train.draw(args, [images], crops, mine, encoder, seed=5)
     net = DistributedDataParallel(net) if world > 1 else net
     embeddings = net([view.to(dtype) for view in views], *drawn)
     regularizer = sigreg.SIGReg(args.sigreg, 32, seed=5)
@@ -785,20 +741,22 @@ def refuse(main, arguments, match):
     assert re.search(match, end.value.code), end.value.code
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trained") / "ckpt.pt"
-    return path, run_train(path)
-
-
 @pytest.fixture
 def few_shapes(monkeypatch):
     monkeypatch.setattr(train.Shapes, "__len__", lambda self: 200 if self.val else 600)
 
 
-def filled(flags, count=20_000, side=32, world=1):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained") / "ckpt.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        few_shapes.__wrapped__(patch)
+        return path, run_train(path)
+
+
+def filled(flags, side=32):
     args = train.parse_args([*TINY, *flags.split()])
-    train.fill_in(args, count, side, world)
+    train.fill_in(args, 20_000, side, 1)
     return args
 
 
@@ -820,8 +778,6 @@ def test_learning_rate_is_a_function_of_the_step(tmp_path, few_shapes):
     assert rates[-1] == pytest.approx(0, abs=1e-12) and rates[54] == pytest.approx(0.05)
     assert sorted(rates[9:], reverse=True) == rates[9:]
     assert {train.learning_rate(step, 100, 0.1) for step in (1, 50, 100)} == {0.1}
-    with pytest.raises(KeyError, match="cos"):
-        train.learning_rate(1, 100, 0.1, schedule="cos")
     flags = "--schedule cosine --warmup-epochs 1 --batch-size 300 --steps 4 --log-every 1"
     run_train(tmp_path / "ckpt.pt", flags)  # two steps an epoch
     rows = log_of(tmp_path / "ckpt.pt")[1:]
@@ -853,7 +809,7 @@ def test_teacher_makes_the_targets_and_follows_after_the_step(tmp_path, few_shap
         torch.testing.assert_close(saved["teacher"][name], wanted, atol=1e-6, rtol=0)
 
 
-def test_longer_runs_continue_and_other_settings_are_refused(trained, tmp_path, capsys):
+def test_longer_runs_continue_and_others_are_refused(trained, tmp_path, capsys, few_shapes):
     path = tmp_path / "ckpt.pt"
     shutil.copy(trained[0], path), shutil.copy(trained[0].with_suffix(".jsonl"), tmp_path)
     before = path.stat().st_mtime_ns
@@ -862,21 +818,16 @@ def test_longer_runs_continue_and_other_settings_are_refused(trained, tmp_path, 
     again = [*TINY, "--ckpt", path]
     refuse(train.main, [*again, "--lam", "2"], r"lam=1.0, .* says 2.0; .*ckpt.pt")
     refuse(train.main, [*again, "--schedule", "cosine"], "schedule=constant, .* says cosine")
+    cosine = vars(filled("--schedule cosine --steps 4"))
+    with pytest.raises(SystemExit, match="steps=2, this command says 4"):  # part of the cosine
+        train.check_settings(path, cosine | {"steps": 2}, cosine)
     longer = run_train(path, "--steps 10 --save-every 4 --log-every 5 --workers 1")
     assert same_weights(longer, run_train(tmp_path / "straight.pt", "--steps 10"))
 
 
-def test_a_cosine_is_not_made_longer():
-    now = vars(filled("--schedule cosine --steps 4"))
-    with pytest.raises(SystemExit, match="steps=2, this command says 4"):
-        train.check_settings(Path("a.pt"), now | {"steps": 2}, now)
-    train.check_settings(
-        Path("a.pt"), now | {"steps": 2, "schedule": "constant"}, now | {"schedule": "constant"}
-    )
-
-
 def test_kill_and_resume_is_bit_identical(tmp_path):
-    flags = "--steps 14 --save-every 2 --log-every 1 --workers 1 --augment color"
+    flags = "--steps 14 --save-every 2 --log-every 1 --batch-size 8 --ema 0.9 --data "
+    flags += str(jpeg_folder(tmp_path / "photos"))
     whole = run_train(tmp_path / "whole.pt", flags)
     cut, log = tmp_path / "cut.pt", tmp_path / "cut.jsonl"
     command = [sys.executable, str(HERE / "train.py"), *TINY, *flags.split(), "--ckpt", str(cut)]
@@ -889,16 +840,8 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
         process.wait()
     with log.open("a") as file:
         file.write('{"step": 9')  # as a kill in mid-write leaves it
-    assert same_weights(whole, run_train(cut, flags))
+    assert same_weights(whole, run_train(cut, flags), ("encoder", "predictor", "teacher"))
     assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
-
-
-def test_a_teacher_resumes_bit_by_bit(tmp_path, few_shapes):
-    flags = "--ema 0.9 --sigreg none --targets full --steps"
-    whole = run_train(tmp_path / "whole.pt", f"{flags} 4")
-    run_train(tmp_path / "cut.pt", f"{flags} 2")
-    cut = run_train(tmp_path / "cut.pt", f"{flags} 4")
-    assert same_weights(whole, cut, ("encoder", "predictor", "teacher"))
 
 
 def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
@@ -938,7 +881,7 @@ def test_a_signal_on_one_rank_stops_all(monkeypatch):
     assert train.on_any_rank([], 2) and not train.on_any_rank([], 1) and train.on_any_rank([15], 1)
 
 
-def test_a_path_is_claimed_from_the_start(trained, tmp_path):
+def test_a_path_is_claimed_from_the_start(tmp_path, few_shapes):
     """By a lock of the log; a run that made no step leaves the path to any other."""
     path = tmp_path / "ckpt.pt"
     flags = [*TINY, "--steps", "9999", "--ckpt", str(path)]
@@ -1030,14 +973,11 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     chosen = [filled(f"--data {data}", side=side) for data, side in (("x", 32), ("x", 300))]
     chosen = [(args.model, args.image_size, args.augment, args.lr) for args in chosen]
     assert chosen == [("vit_n4", 32, "color", 2e-3), ("vit_s16", 224, "none", 1e-3)]
-    assert filled("--data x --model vit_b16", side=32).image_size == 224  # two patches a side
     crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
     assert crops == [0.05, 0.0031] and filled("").lam == 1
     assert filled("--recipe crops --sigreg legendre").lam == 0.05  # at 1 nothing is predicted
     flags = "--data x", "--data x --ema 0.9", "", "--model vit_b16 --batch-size 64"
     assert [filled(f).directions for f in flags] == ["both", "one", "one", "both"]
-    with pytest.raises(SystemExit, match="--batch-size 2 must be at least 2 and 3 ranks"):
-        train.fill_in(train.parse_args(["--batch-size", "2"]), 20_000, 32, world=3)
     run_train(tmp_path / "b.pt", "--steps 1")
     said = capsys.readouterr().out
     assert "shapes, drawn here (--data FOLDER takes yours)" in said
@@ -1051,17 +991,6 @@ def jpeg_folder(folder, per_class=12, classes=2, size=40):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(shapes[10 * i + label][0]).save(path)
     return folder
-
-
-def test_one_image_does_not_choose_the_recipe(tmp_path, capsys):
-    folder = jpeg_folder(tmp_path / "photos", per_class=40, size=100)
-    Image.new("RGB", (40, 40)).save(folder / "train" / "class0" / "00.jpg")
-    flags = f"--data {folder} --workers 0 --steps 1 --model vit_n32"
-    saved = run_train(tmp_path / "ckpt.pt", flags)
-    assert "shorter side 40 to 100 px, median 100" in capsys.readouterr().out
-    assert saved["args"]["image_size"] == 224 and saved["args"]["augment"] == "none"
-    data = train.open_data(str(folder), "", "train")
-    assert train.hold(data, train.sizes_of(data), 0, CPU) is None
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -1173,12 +1102,6 @@ def test_images_are_a_function_of_seed_epoch_and_index():
     assert len(every.unique(dim=0)) == 24  # two views for each seed, epoch and index
 
 
-def test_images_keep_their_aspect():
-    image = np.arange(20 * 40 * 3, dtype=np.uint8).reshape(20, 40, 3)
-    (view,), _ = train.Images([(image, 0)], 20)[0, 0]
-    assert np.array_equal(view[0].permute(1, 2, 0), image[:, 10:30])
-
-
 def test_photometric_is_torchvisions_with_the_same_factors():
     x, u = (
         torch.rand(40, 3, 24, 24, generator=generator()),
@@ -1240,14 +1163,14 @@ def test_every_view_is_drawn_on_its_own():
     batch, rows, two = image.expand(4, -1, -1, -1), torch.arange(4), [(2, 32, 0.3, 1)]
     wanted = tv.normalize(batch / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     args, every = filled("--batch-size 4"), []
-    torch.testing.assert_close(train.draw(args, [batch[:, None]], (), rows, 4, 1)[0][0], wanted)
+    torch.testing.assert_close(train.draw(args, [batch[:, None]], (), rows, GRID, 1)[0][0], wanted)
     for flags, images, crops in (
         ("--recipe crops --augment crop", batch, two),
         ("--augment color", batch[:, None], ()),
     ):
         args = filled(f"--batch-size 4 {flags}")
         for seed in (1, 2):
-            every += train.draw(args, [images], crops, rows, 4, seed)[0]
+            every += train.draw(args, [images], crops, rows, GRID, seed)[0]
     every = torch.cat(every).flatten(1)
     assert len(every) == 32 and len(every.unique(dim=0)) >= 24  # some colours are left alone (0.16)
 
@@ -1256,7 +1179,7 @@ def test_masks_of_the_batch_are_one_and_of_the_images_many():
     batch, mine = [torch.zeros(2, 1, 3, 32, 32, dtype=torch.uint8)], torch.tensor([3, 5])
     for per in ("batch", "image"):
         args = filled(f"--batch-size 8 --masks-per {per}")
-        _, (context, targets) = train.draw(args, batch, (), mine, 4, seed=1)
+        _, (context, targets) = train.draw(args, batch, (), mine, GRID, seed=1)
         assert torch.equal(targets[0], targets[1]) == (per == "batch")
         count = 8 if per == "image" else 1
         rest = torch.Generator().manual_seed(1)
@@ -1278,14 +1201,10 @@ def test_batches_cover_an_epoch_over_ranks():
     assert len({*orders}) == 3  # by epoch, and by seed
 
 
-@pytest.mark.parametrize(
-    "flags, kinds",
-    [
-        ("", []),
-        ("--augment color", [(1, 32, 0.3, 1)]),
-        ("--recipe crops", [(2, 32, 0.3, 1), (6, 16, 0.05, 0.3)]),
-    ],
-)
+HELD = {"--augment none": [], "--recipe crops": [(2, 32, 0.3, 1), (6, 16, 0.05, 0.3)]}
+
+
+@pytest.mark.parametrize("flags, kinds", HELD.items())
 def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
     args, data = filled(flags), train.Shapes(32)
     loader, found = train.load(args, data, 1, 2, torch.arange(32), CPU)
@@ -1293,26 +1212,19 @@ def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
     (keys,), (batch,) = train.batch_keys(600, 32, 1, 2, 0, torch.arange(32)), next(iter(loader))
     wanted = torch.stack([torch.from_numpy(data[i][0]).permute(2, 0, 1) for _, i in keys])
     assert torch.equal(batch if kinds else batch[:, 0], wanted)
-
-
-def test_images_of_several_sizes_are_not_held(tmp_path):
-    folder = jpeg_folder(tmp_path / "photos")
-    data = train.open_data(str(folder), "", "train")
-    assert train.hold(data, train.sizes_of(data), 1, CPU).shape == (24, 3, 40, 40)
     for sizes in ([(100, 100)], [(64, 50_000)], [(40, 40), (40, 44)]):  # large, 9.6 GB, two sizes
         assert train.hold(range(1000), sizes, 0, CPU) is None
-    Image.new("RGB", (40, 44)).save(folder / "train" / "class1" / "x.jpg")
-    odd = train.open_data(str(folder), "", "train")
-    assert train.hold(odd, [(40, 40)], 0, CPU) is None
 
 
 @pytest.mark.parametrize("recipe", ["masked", "crops"])
 def test_large_photographs_are_the_same_with_any_number_of_workers(recipe, tmp_path):
+    """One small image among them does not choose the recipe: the median does."""
     folder = jpeg_folder(tmp_path / "photos", size=100)
-    flags = f"--data {folder} --recipe {recipe} --model vit_n16 --image-size 64 --batch-size 6"
+    Image.new("RGB", (40, 40)).save(folder / "train" / "class0" / "00.jpg")
+    flags = f"--data {folder} --recipe {recipe} --model vit_n32 --batch-size 6"
     flags += " --augment color --steps 2 --workers "
     one, two = (run_train(tmp_path / f"{n}.pt", flags + n) for n in "01")
-    assert same_weights(one, two)
+    assert one["args"]["image_size"] == 224 and same_weights(one, two)
 
 
 # ------------------------------------------------------------------------------------------- probes
@@ -1322,7 +1234,7 @@ def run_probe(capsys, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-FROZEN = "", "--untrained", "--pool cls --layers 2 --shots 1 10", "--image-size 48"
+FROZEN = "", "--untrained --image-size 48", "--pool cls --layers 2 --shots 1 10"
 
 
 @pytest.mark.parametrize("flags", [*FROZEN, "--finetune --steps 3 --batch-size 64"])
@@ -1340,11 +1252,8 @@ def test_probes_print_and_leave_the_encoder_alone(
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     assert (result["train"], result["val"]) == (600, 200)
-    if flags in FROZEN:
-        assert all(0 <= result[name] <= 100 for name in ("knn", "linear", "linear_held_out"))
-        assert 1 <= result["erank"] <= 256
-        assert result["image_size"] == (48 if "48" in flags else 32)
-        assert ("1-shot" in result and "10-shot" in result) == ("--shots" in flags)
+    assert ("knn" in result and 1 <= result["erank"] <= 256) == (flags in FROZEN)
+    assert ("1-shot" in result and "10-shot" in result) == ("--shots" in flags)
 
 
 def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, few_shapes):
@@ -1369,12 +1278,10 @@ def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, fe
 
 def test_both_readouts_from_one_pass(trained, capsys, few_shapes):
     """By default the last block and four blocks, each as --layers gives it alone."""
-    flags = [], ["--layers", "1"], ["--layers", "4"]
-    default, last, four = (run_probe(capsys, trained[0], *more) for more in flags)
-    for name in ("knn", "linear", "linear_lr", "linear_held_out", "erank"):
-        assert default[name] == last[name], name
+    one, all_four = ["--layers", "1"], ["--layers", "4"]
+    default, last, four = (run_probe(capsys, trained[0], *more) for more in ([], one, all_four))
+    assert all(default[name] == last[name] for name in ("knn", "linear", "erank"))
     assert default["linear4"] == four["linear"]
-    assert default["linear4_held_out"] == four["linear_held_out"]
     assert "linear4" not in last and "linear4" not in four
 
 
@@ -1420,7 +1327,7 @@ def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
     assert found == pytest.approx(100 * (head(x).argmax(1) == y).float().mean().item(), abs=0.01)
 
 
-def test_pca_picture_shows_the_variance_in_bounded_memory(tmp_path, monkeypatch):
+def test_pca_picture_shows_the_variance(tmp_path):
     encoder, images = small_vit(), torch.rand(3, 3, 64, 64, generator=generator())
     picture = probe.pca_picture(encoder, images, 64)
     assert picture.shape == (3, 2 * 68 + 4, 4 * 68 + 4) and 0 <= picture.min() <= picture.max() <= 1
@@ -1431,16 +1338,13 @@ def test_pca_picture_shows_the_variance_in_bounded_memory(tmp_path, monkeypatch)
     red = [picture[0, y : y + 64 : 8, x : x + 64 : 8] for y, x in corners]
     correlation = np.corrcoef(first, torch.stack(red).flatten())[0, 1]
     assert correlation**2 > 0.98  # cut at the percentiles
-    sides = []
-    monkeypatch.setattr(probe, "pca_picture", lambda e, x, side: sides.append(x.shape[-1]) or x[0])
-    for size in (32, 224, 384):
-        probe.save_pca(encoder, train.Shapes(size, 0, "val"), size, tmp_path / "p.png", CPU)
-    assert sides == [128, 448, 384]
+    probe.save_pca(encoder, train.Shapes(32, 0, "val"), 32, tmp_path / "pca.png", CPU)
+    assert Image.open(tmp_path / "pca.png").size == (4 * 132 + 4, 4 * 132 + 4)
 
 
-def test_export_has_the_probes_features_in_our_vit_and_in_timms(trained, tmp_path, capsys):
+def test_export_has_the_probes_features(trained, tmp_path):
     probe.main([str(trained[0]), "--export", str(tmp_path / "e.pt"), "--device", "cpu"])
-    said, saved = capsys.readouterr().out, torch.load(tmp_path / "e.pt", weights_only=True)
+    saved = torch.load(tmp_path / "e.pt", weights_only=True)
     about = {"model": "vit_n8", "image_size": 32, "recipe": "masked", "step": 8}
     assert about.items() <= saved.items() and saved["mean"] == [0.485, 0.456, 0.406]
     encoder = model.vit(saved["model"], saved["image_size"]).eval()  # README's five lines
@@ -1450,10 +1354,6 @@ def test_export_has_the_probes_features_in_our_vit_and_in_timms(trained, tmp_pat
     x = (torch.cat([images[0, i][0][0] for i in range(20)]) / 255 - mean) / std
     wanted, _ = probe.extract_features(encoder, images)
     torch.testing.assert_close(encoder(x)[:, 1:].mean(1), wanted, atol=1e-4, rtol=1e-4)
-    timm = pytest.importorskip("timm")
-    theirs = eval(re.search(r"timm\..*\)", said)[0], {"timm": timm}).eval()
-    theirs.load_state_dict(saved["state_dict"], strict=True)
-    torch.testing.assert_close(theirs(x), wanted, atol=1e-4, rtol=1e-4)
 
 
 BAD_PROBES = """--layers 9 | vit_n8 has 4 blocks
@@ -1487,7 +1387,6 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
     refuse(probe.main, flags, "class class1 is in one alone")
     (photos / "val" / "class2").rename(tmp_path / "aside")
     (photos / "train" / "class1").rename(tmp_path / "aside" / "more")
-    refuse(probe.main, flags, "of at least two classes")
     refuse(probe.main, [*flags, "--finetune"], "needs two classes")
 
 
@@ -1572,8 +1471,6 @@ def test_linear_heads_reach_their_minimum(decay):
         offset = b[h].double() + x.mean(0) @ w[:, h].double()
         reached = objective(w[:, h].double() * std[:, None], offset).item()
         assert best <= reached < best + 0.01 * (start - best)  # 400 steps get so far
-    alone, near = probe.fit_heads(x.float(), y, heads[1:2])[0][:, 0], 1e-2 * w[:, 1].abs().max()
-    assert torch.allclose(alone, w[:, 1], rtol=1e-2, atol=near.item())  # heads do not mix
     part = probe.fit_heads(x.float(), y, heads[:1], rows=torch.arange(300))[0]
     assert torch.allclose(part, probe.fit_heads(x[:300].float(), y[:300], heads[:1])[0])
 
@@ -1601,37 +1498,10 @@ def test_shots_are_drawn_anew(monkeypatch):
 
 
 # ------------------------------------------------------------------------------- files and commands
-USES = {
-    "sigreg.py": """
-        import sigreg
-        z = torch.randn(32, 8, requires_grad=True)
-        loss = sigreg.SIGReg("sketched", 16)(z) + sigreg.legendre_sigreg(z)
-        (loss + sigreg.spectral_sigreg(z)).backward()
-        assert z.grad.isfinite().all() and sigreg.effective_rank(z) > 4
-        """,
-    "masks.py model.py": """
-        import masks, model
-        encoder = model.vit("vit_n8", 32)
-        pair = masks.multi_block_masks(2, encoder.grid)
-        net = model.Masked(encoder, model.MLPPredictor(128, 16))
-        z = net([torch.randn(2, 3, 32, 32)] * 2, *pair)[2]
-        assert z.shape == (*pair[1].shape, 128)
-        """,
-}
-
-
-@pytest.mark.parametrize("files", USES)
-def test_files_can_be_copied_alone(files, tmp_path):
-    for name in files.split():
-        shutil.copy(HERE / name, tmp_path)
-        nodes = ast.parse((HERE / name).read_text()).body
-        found = [
-            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
-        ]
-        found += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        assert {name.split(".")[0] for name in found} <= {"torch", *sys.stdlib_module_names}
-    end = "\nassert 'torchvision' not in __import__('sys').modules"
-    code = "import torch" + textwrap.dedent(USES[files]) + end
+@pytest.mark.parametrize("name", ["sigreg", "masks", "model"])
+def test_files_can_be_copied_alone(name, tmp_path):
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    code = f"import sys, {name}; assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
@@ -1669,6 +1539,5 @@ def test_slips_of_a_caller_are_named():
         model.gather_tokens(z, places[:1])
     with pytest.raises(ValueError, match=r"batch norm is of whole batches: no at_once"):
         model.MultiView(model.build_encoder("resnet18", 32), None, 1, at_once=2)
-    for call in (lambda: train.Shapes(split="test"), lambda: train.open_data("shapes", "", "test")):
-        with pytest.raises(ValueError, match="test"):
-            call()
+    with pytest.raises(ValueError, match="test"):
+        train.Shapes(split="test")
