@@ -7,6 +7,9 @@ Masks are patch indices in raster order (row * width + column), int64, rectangul
     context (B, Nc)     the patches that the encoder sees
     targets (B, K, Nt)  K blocks of patches to predict; the context holds none of them
 
+Each image has a mask of its own: masked_loss then wants them as `masks`. For one mask in the whole
+batch, the recipe on photographs, take batch_size 1 and .expand it.
+
 Unlike I-JEPA's collator: scale and aspect ratio are independent draws; long contexts lose patches
 at random, not at the image's bottom; small grids return at once. This file needs torch alone.
 """

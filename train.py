@@ -809,7 +809,7 @@ def add_method(parser):
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
     add("--sigreg-on", choices=["tokens", "pooled"], help="sample [pooled; tokens; tokens]")
-    add("--lam", type=float, help="SIGReg's weight [masked 1; crops 12.8 / batch, at most 0.5]")
+    add("--lam", type=float, help="SIGReg's weight [1; crops 0.05, sketched 12.8 / batch to 0.5]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: image [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=float, default=0.0, help="momentum of a teacher that makes the targets")
