@@ -330,7 +330,8 @@ def effective_rank(z):
 def embedding_std(z):
     """Root mean variance of the columns, sqrt(tr cov / D). z (N, D) -> scalar >= 0."""
     n, _, gram = _moments(z)
-    return (gram.diagonal().mean() / n).sqrt()
+    variance = gram.diagonal().mean() / n
+    return variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # the root of 0 has no slope
 
 
 def legendre_sigreg(z):

@@ -116,7 +116,7 @@ def degenerate_batches():
 )
 def test_degenerate_batches_are_finite(name, z, collapsed, dtype):
     z = z.to(dtype)
-    for loss in (sigreg.spectral_sigreg, sigreg.legendre_sigreg, sketched):
+    for loss in (sigreg.spectral_sigreg, sigreg.legendre_sigreg, sketched, sigreg.embedding_std):
         value, grad = gradient(loss, z)
         assert value.isfinite() and grad.isfinite().all() and value.dtype != torch.bfloat16
     flat = lambda z: sigreg.prediction_loss(z, z.new_zeros(z.shape), relative=True)
