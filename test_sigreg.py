@@ -871,7 +871,7 @@ def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
     "number, flags",
     [
         (signal.SIGINT, "--workers 0"),
-        (signal.SIGTERM, "--workers 2 --image-size 104 --model vit_n26"),
+        (signal.SIGTERM, "--workers 1 --image-size 104 --model vit_n26"),
     ],
 )
 def test_signals_save_and_continue(number, flags, tmp_path):

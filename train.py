@@ -897,7 +897,8 @@ def fill_in(args, count, side, world):
     patch = max(int(vit[2]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
     enlarge = kind == 2 or vit and side < 4 * patch  # few patches leave nothing to mask
     size = 224 // patch * patch if enlarge else max(side // patch, 2) * patch
-    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen = {name: choices[kind] for name, choices in DEFAULTS.items()}
     if shapes and vit and model.SIZES.get(vit[1], (0,))[0] >= 256:
         # 256 pooled vectors of such a network cannot be white; its tokens, as of photographs, can
