@@ -2,7 +2,7 @@
 
     context, targets = multi_block_masks(batch_size=256, grid=14)
 
-Masks are patch indices in raster order (row * width + column), int64, rectangular within the batch:
+Masks are patch indices in raster order (row * grid + column), int64, rectangular within the batch:
 
     context (B, Nc)     the patches that the encoder sees
     targets (B, K, Nt)  K blocks of patches to predict; the context holds none of them
@@ -22,51 +22,50 @@ TARGET_ASPECT = (0.75, 1.5)  # least and most height / width of a target block, 
 CONTEXT_SCALE = (0.85, 1.0)  # share of the grid that the context block takes, less the targets
 
 
-def _check(batch_size, grid, num_targets, min_context, target):
-    """(height, width) of the grid if the arguments are legal; else an error that names one."""
-    height, width = grid if isinstance(grid, tuple | list) else (grid, grid)
-    if min(height, width) < 1 or height * width < 2:
-        raise ValueError(f"masks.py: grid must hold at least 2 patches, got {grid}")
-    for name, count in (("batch_size", batch_size), ("num_targets", num_targets)):
-        if count < 1:
-            raise ValueError(f"masks.py: {name} must be at least 1, got {count}")
-    low, high = target
-    if not 0 < low <= high < 1:  # one as large as the image would leave no context
-        wanted = f"above 0, ascending and below 1, got {low} to {high}"
-        raise ValueError(f"masks.py: target_scale must be {wanted}")
-    if not 0 < min_context <= 1:
-        raise ValueError(f"masks.py: min_context must be above 0, at most 1, got {min_context}")
-    return height, width
+def _check(batch_size, grid, num_targets, target_scale, min_context):
+    low, high = target_scale
+    rules = {
+        "batch_size at least 1": batch_size >= 1,
+        "grid at least 2": grid >= 2,
+        "num_targets at least 1": num_targets >= 1,
+        # a target as large as the image would leave no context
+        "target_scale above 0, ascending and below 1": 0 < low <= high < 1,
+        "min_context above 0, at most 1": 0 < min_context <= 1,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(f"masks.py: multi_block_masks takes {rule}")
 
 
-def _uniform(bounds, generator, log=False):
-    """One draw from [low, high], uniform or log-uniform, as a Python float."""
-    low, high = bounds
-    u = torch.rand((), generator=generator, device=generator.device if generator else None).item()
-    return math.exp(math.log(low) + u * math.log(high / low)) if log else low + u * (high - low)
+def _uniform(low, high, generator):
+    """One draw from [low, high], as a Python float."""
+    return low + torch.rand((), generator=generator).item() * (high - low)
 
 
-def _block_size(height, width, scale, aspect):
+def _block_size(grid, scale, aspect):
     """(h, w) of the block of that share of the grid and that ratio h / w, kept inside the grid."""
-    h = min(max(round(math.sqrt(scale * height * width * aspect)), 1), height)
-    w = min(max(round(scale * height * width / h), 1), width)
-    return h, w
+    h = min(max(round(math.sqrt(scale * grid * grid * aspect)), 1), grid)
+    return h, min(max(round(scale * grid * grid / h), 1), grid)
 
 
-def _place(shape, block, height, width, generator):
-    """Uniform places for blocks as masks of rows and columns, (*shape, height), (*shape, width)."""
-    device = generator.device if generator else None
-    inside = []
-    for size, length in ((block[0], height), (block[1], width)):
-        start = torch.randint(length - size + 1, (*shape, 1), generator=generator, device=device)
-        at = torch.arange(length, device=device)
+def _place(shape, block, grid, generator):
+    """Blocks at uniform places: masks of their rows and of their columns, (*shape, grid) each."""
+    inside, at = [], torch.arange(grid)
+    for size in block:
+        start = torch.randint(grid - size + 1, (*shape, 1), generator=generator)
         inside.append((at >= start) & (at < start + size))
     return inside
 
 
 def _cover(rows, cols):
-    """Union over the K blocks of each image: (B, K, H), (B, K, W) bool -> (B, H * W) bool."""
+    """Union over the K blocks of each image: two masks (B, K, grid) -> (B, grid * grid)."""
     return (torch.einsum("bkh,bkw->bhw", rows.float(), cols.float()) > 0).flatten(1)
+
+
+def _free(rows, cols, frame_rows, frame_cols):
+    """The patches outside the targets, and those of them in the context block: (B, grid * grid)."""
+    free = ~_cover(rows, cols)
+    return free, free & _cover(frame_rows, frame_cols)
 
 
 def multi_block_masks(
@@ -74,43 +73,43 @@ def multi_block_masks(
 ):
     """K rectangular target blocks per image, and one large context block less its image's targets.
 
-    grid: patches per side, or (height, width). Scales are shares of its area, aspects log-uniform.
-    One size of targets and one of the context (square in units of the grid) are drawn per call,
-    places per image; blocks may overlap. Returns context (B, Nc) and targets (B, K, Nt).
+    grid: patches per side. Scales are shares of its area, aspects log-uniform. One size of targets
+    and one of the context, a square, are drawn per call, places per image; blocks may overlap.
+    Returns context (B, Nc) and targets (B, K, Nt). ValueError names what is out of range.
 
     Nc is the smallest context of the batch. An image below min_context, a share of the grid, draws
     its places again, up to 8 times, then repeats its first target K times and takes free patches
     outside its context block where it still must.
     """
-    height, width = _check(batch_size, grid, num_targets, min_context, target_scale)
-    share, aspect = _uniform(target_scale, generator), _uniform(TARGET_ASPECT, generator, log=True)
-    block = _block_size(height, width, share, aspect)
-    if block == (height, width):  # rounding on a small grid: leave a line of patches to the context
-        block = (height - 1, width) if height > 1 else (height, width - 1)
-    frame = _block_size(height, width, _uniform(CONTEXT_SCALE, generator), height / width)
-    wanted = min(max(round(min_context * height * width), 1), height * width - math.prod(block))
+    _check(batch_size, grid, num_targets, target_scale, min_context)
+    share = _uniform(*target_scale, generator)
+    aspect = math.exp(_uniform(*map(math.log, TARGET_ASPECT), generator))
+    block = _block_size(grid, share, aspect)
+    if block == (grid, grid):  # rounding on a small grid: leave a row of patches to the context
+        block = grid - 1, grid
+    frame = _block_size(grid, _uniform(*CONTEXT_SCALE, generator), 1)
+    wanted = min(max(round(min_context * grid**2), 1), grid**2 - math.prod(block))
 
     def place(count):
-        targets = _place((count, num_targets), block, height, width, generator)
-        return *targets, *_place((count, 1), frame, height, width, generator)
+        targets = _place((count, num_targets), block, grid, generator)
+        return targets + _place((count, 1), frame, grid, generator)
 
-    rows, cols, frame_rows, frame_cols = place(batch_size)
-    for attempt in range(10):  # 0 to 7: new places; 8: the first target alone; 9: looks again
-        free = ~_cover(rows, cols)
-        allowed = _cover(frame_rows, frame_cols) & free
-        short = (allowed.sum(1) < wanted).nonzero().squeeze(1)
+    blocks = place(batch_size)
+    for _ in range(8):
+        short = (_free(*blocks)[1].sum(1) < wanted).nonzero().squeeze(1)
         if len(short) == 0:
             break
-        if attempt < 8:
-            rows[short], cols[short], frame_rows[short], frame_cols[short] = place(len(short))
-        else:
-            starved = free.sum(1) < wanted
-            rows[starved], cols[starved] = rows[starved, :1], cols[starved, :1]
+        for old, new in zip(blocks, place(len(short)), strict=True):
+            old[short] = new
+    rows, cols = blocks[:2]
+    starved = _free(*blocks)[0].sum(1) < wanted
+    rows[starved], cols[starved] = rows[starved, :1], cols[starved, :1]
+    free, allowed = _free(*blocks)
     length = max(int(allowed.sum(1).min()), wanted)
-    score = torch.rand(allowed.shape, generator=generator, device=allowed.device)
+    score = torch.rand(allowed.shape, generator=generator)
     # lowest first: allowed patches in random order, then free ones outside the frame, then targets
     score = torch.where(allowed, score, torch.where(free, 1 + score, 2 + score))
     chosen = score.topk(length, largest=False, sorted=False).indices
     context = torch.zeros_like(free).scatter(1, chosen, True).nonzero()[:, 1].view(-1, length)
     row, col = (x.nonzero()[:, 2].view(batch_size, num_targets, -1) for x in (rows, cols))
-    return context, (width * row[..., None] + col[:, :, None]).flatten(2)
+    return context, (grid * row[..., None] + col[:, :, None]).flatten(2)

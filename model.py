@@ -128,10 +128,8 @@ def vit(name, image_size=224):
         raise ValueError(f"model.py: no model {name!r}; names are {names}")
     patch = int(match[2])
     if image_size < patch or image_size % patch:
-        below = image_size // patch * patch
-        near = f"{below} or {below + patch}" if below else f"{patch}"
-        wrong = f"image size {image_size} is not a multiple of the patch size {patch} of {name}"
-        raise ValueError(f"model.py: {wrong} (try {near})")
+        wrong = f"image size {image_size} is not a multiple of {patch}, the patch size of {name}"
+        raise ValueError(f"model.py: {wrong}")
     return VisionTransformer(image_size, patch, *SIZES[match[1]])
 
 

@@ -1,13 +1,10 @@
-"""What did the encoder learn? The numbers and pictures of an evaluation, from a checkpoint.
+"""What did the encoder learn? The numbers of an evaluation, from a checkpoint.
 
     python probe.py ckpt.pt                         # k-NN, linear, linear on four blocks
     python probe.py ckpt.pt --untrained             # before training: the floor of any claim
-    python probe.py ckpt.pt --shots 1 10            # and with n labels a class, 5 draws
     python probe.py ckpt.pt --pool cls --layers 2   # source B's features: CLS of two blocks
     python probe.py ckpt.pt --data dtd              # transfer to another data set
     python probe.py ckpt.pt --finetune              # all weights on the labels
-    python probe.py ckpt.pt --pca pca.png           # patch tokens as colours
-    python probe.py ckpt.pt --export encoder.pt     # the encoder alone, a ViT's in timm's names
     torchrun --nproc_per_node=8 probe.py ckpt.pt    # features, fine-tuning on all ranks
 
 Features are extracted once, from resized, centre-cropped images. Each protocol is one function of
@@ -23,17 +20,15 @@ import math
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
 
 import train
 from model import build_encoder, image_features
 from sigreg import effective_rank
+from train import count, real, whole
 
 RATES, DECAYS = (0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
@@ -75,21 +70,14 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
     return found
 
 
-# --------------------------------------------------------------------------- k-NN, linear, few-shot
-def check_labels(y):
-    """ValueError where the training labels y (N,) cannot be probed: missing, or of one class."""
-    if y.min() < 0 or y.min() == y.max():
-        raise ValueError("probe.py: the training split needs labels, of at least two classes")
-
-
+# -------------------------------------------------------------------------------- k-NN and linear
 @torch.no_grad()
 def knn_probe(train_x, train_y, val_x, val_y, k=20, temperature=0.07):
     """The vote of the k nearest training images by cosine, each weighted exp(cosine / temperature).
 
     train_x (N, D), val_x (N', D) features, train_y (N,), val_y (N',) int64 labels (Wu et al. 2018).
-    Exact, float32, on the device of train_x. Returns `knn`. ValueError as check_labels has it.
+    Exact, float32, on the device of train_x. Returns `knn`.
     """
-    check_labels(train_y)
     device, classes, right = train_x.device, int(train_y.max()) + 1, 0
     train_x = F.normalize(train_x.float(), dim=1)
     chunk = max(2**26 // len(train_x), 1)
@@ -165,9 +153,8 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
 
     All heads are fitted to nine tenths of the training images; the best on the held-out tenth
     (drawn by the seed, class by class) is fitted again to everything. Validation labels are only
-    compared with predictions. Shapes, errors as in knn_probe; ValueError with one image a class.
+    compared with predictions. Shapes as in knn_probe; ValueError with one image a class.
     """
-    check_labels(train_y)
     if train_y.bincount().max() < 2:
         raise ValueError("probe.py: one training image a class; the linear probe needs two")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
@@ -184,31 +171,8 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
     return result
 
 
-def few_shot_probe(train_x, train_y, val_x, val_y, shots, draws=5):
-    """Linear heads on `shots` training images a class: the mean of some draws, and its deviation.
-
-    Shapes and errors as in knn_probe. So few images leave none to choose by: rate 1 and decay
-    10 / (number of images) throughout.
-    """
-    check_labels(train_y)
-    classes = train_y.unique()
-    fewest, where = train_y.bincount()[classes].min(0)
-    if fewest < shots:
-        raise ValueError(f"probe.py: --shots {shots}, but class {classes[where]} has {fewest}")
-    top1 = []
-    for seed in range(draws):
-        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
-        order = order.to(train_y.device)
-        rows = torch.cat([order[train_y[order] == c][:shots] for c in classes])
-        head = fit_heads(train_x, train_y, [(1.0, 10 / len(rows))], seed, rows)
-        top1 += score(*head, val_x, val_y)
-    name, mean, std = f"{shots}-shot", np.mean(top1), round(np.std(top1, ddof=1).item(), 2)
-    how = f"± {std:.2f} over {draws} draws; linear, lr 1, weight decay 10 / images"
-    return {name: round(mean.item(), 2), f"{name}_std": std, f"{name}_how": how}
-
-
 def frozen_probes(encoder, train_set, val_set, options, device):
-    """Effective rank, k-NN, linear and few-shot of frozen features, on rank 0; {} on the others."""
+    """Effective rank, k-NN and linear probe of frozen features, on rank 0; {} on the others."""
     settings = {name: getattr(options, name) for name in ("pool", "workers", "amp")}
     extract = partial(extract_features, layers=options.blocks, **settings)
     more = options.blocks > options.layers
@@ -223,8 +187,6 @@ def frozen_probes(encoder, train_set, val_set, options, device):
         train_x, train_y = train_x.to(device), train_y.to(device)
     data = train_x[:, :width], train_y, val_x[:, :width], val_y
     result = knn_probe(*data) | linear_probe(*data, seed=options.seed)
-    for shots in options.shots:
-        result |= few_shot_probe(*data, shots)
     if more:
         four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
         result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
@@ -274,10 +236,10 @@ def finetune(encoder, train_set, val_set, size, options, device):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
     batch = min(options.batch_size, len(train_set)) // world * world
-    if classes < 2 or not batch:
-        raise ValueError("probe.py: --finetune needs two classes, and an image for each rank")
-    per_pass, lr = len(train_set) // batch, options.lr or 1e-3 * batch / 256
-    total = options.steps or options.epochs * per_pass
+    if not batch:
+        raise ValueError("probe.py: --finetune needs an image for each rank")
+    total = options.steps or options.epochs * (len(train_set) // batch)
+    lr = 1e-3 * batch / 256 if options.lr is None else options.lr
     net = Classifier(copy.deepcopy(encoder).requires_grad_(True), classes).to(device).train()
     groups = layer_groups(net.encoder, net.head, options.layer_decay, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, fused=device.type == "cuda")
@@ -311,108 +273,36 @@ def finetune(encoder, train_set, val_set, size, options, device):
     return {"finetune": round(top1, 2), **used, "finetune_how": f"last step; {how}"}
 
 
-# ---------------------------------------------------------------------------------------- pictures
-@torch.no_grad()
-def pca_picture(encoder, images, side):
-    """images (B, 3, S, S) in [0, 1] -> (3, H, W): each beside its tokens' principal components.
-
-    The first three as red, green, blue, over the tokens of all images together: one colour means
-    one thing everywhere. Each axis points where its largest entry is positive, and runs from the
-    1st to the 99th percentile. side: pixels of an image in the picture.
-    """
-    x = encoder(train.normalize(images))[:, 1:].flatten(0, 1).double()  # (B P, D)
-    x = x - x.mean(0)
-    axes = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)  # (D, 3), the largest first
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    x = (x @ axes).float()
-    low, high = (x.sort(0).values[int(q * (len(x) - 1))] for q in (0.01, 0.99))
-    grid = images.shape[-1] // encoder.patch_size
-    colours = ((x - low) / (high - low)).clamp(0, 1).view(len(images), grid, grid, 3)
-    both = [F.interpolate(x, (side, side)) for x in (images, colours.permute(0, 3, 1, 2))]
-    sheet = torch.stack(both, dim=1).flatten(0, 1).cpu()  # (2 B, 3, side, side)
-    return make_grid(sheet, nrow=4, padding=4, pad_value=1)
-
-
-def save_pca(encoder, data, size, path, device):
-    """The picture of 8 images spread over the data, up to four times finer, at most 448 px."""
-    side = size * max(min(4, 448 // size), 1)
-    images = train.Images(data, side)
-    chosen = torch.linspace(0, len(images) - 1, 8).long().tolist()
-    chosen = torch.cat([images[0, i][0][0] for i in chosen]).to(device) / 255
-    save_image(pca_picture(encoder, chosen, max(side, 128)), path)
-    print(f"{path}: 8 validation images at {side} px beside their tokens' components")
-
-
-# --------------------------------------------------------------------------- export, options, main
-def export(encoder, path, about):
-    """The encoder's state dict alone, a ViT's in timm's names, and how to feed it."""
-    mean, std = train.MEAN_STD.tolist()
-    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    train.write({"state_dict": state, "mean": mean, "std": std, **about}, path, "probe.py")
-    print(f"{path}: for images of {about['image_size']} px in [0, 1], less {mean}, over {std}")
-    if hasattr(encoder, "blocks"):
-        shape = f"img_size={about['image_size']}, patch_size={encoder.patch_size}"
-        depth, heads = len(encoder.blocks), encoder.blocks[0].heads
-        shape += f", embed_dim={encoder.dim}, depth={depth}, num_heads={heads}, num_classes=0"
-        print(f"timm.models.VisionTransformer({shape}, global_pool='avg', fc_norm=False)")
-
-
-LEAST = {
-    1: "image_size layers epochs steps batch_size",
-    1e-12: "lr layer_decay",
-    0: "seed weight_decay smoothing workers",
-}
-
-
+# ------------------------------------------------------------------------------ command line, main
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(formatter_class=train.wide_help)
+    parser = train.Parser(prog="probe.py")
     add = parser.add_argument_group("what is probed").add_argument
     add("ckpt", help="a checkpoint of train.py")
     add("--data", help="a data set as in train.py [the checkpoint's]")
     add("--data-root", help="where torchvision's data sets are [as in training]")
-    add("--image-size", type=int, help="pixels [as in training]")
+    add("--image-size", type=count, help="pixels [as in training]")
     add("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
     add("--pool", choices=["avg", "cls"], default="avg", help="mean patch token, or CLS [avg]")
-    add("--layers", type=int, help="last blocks side by side (ViT) [1, and linear4: 4 of them]")
-    add("--shots", type=int, nargs="+", default=[], help="also linear probes with n labels a class")
-    add("--seed", type=int, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
-    add = parser.add_argument_group("in place of k-NN and linear probe").add_argument
-    add("--finetune", action="store_true", help="all weights; with --untrained, from scratch")
-    add("--pca", help="a PNG of the tokens' principal components, up to 448 px")
-    add("--export", help="write the encoder alone, as .pt")
+    add("--layers", type=count, help="last blocks side by side (ViT) [1, and linear4: 4 of them]")
+    add("--seed", type=whole, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
+    add("--finetune", action="store_true", help="in place of k-NN and linear probe: all weights")
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--epochs", type=int, default=20, help="passes over the training split [20]")
-    add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
-    add("--batch-size", type=int, default=256, help="images a step over all ranks [256]")
-    add("--lr", type=float, help="AdamW's, of the head [1e-3 for each 256 images of a batch]")
-    add("--layer-decay", type=float, default=0.75, help="of the rate, a block below [0.75]")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's, not of biases and norms [0.05]")
-    add("--smoothing", type=float, default=0.1, help="of the labels [0.1]")
+    add("--epochs", type=count, default=20, help="passes over the training split [20]")
+    add("--steps", type=count, help="stop after so many steps, whatever --epochs says")
+    add("--batch-size", type=count, default=256, help="images a step over all ranks [256]")
+    add("--lr", type=real, help="AdamW's, of the head [1e-3 for each 256 images of a batch]")
+    add("--layer-decay", type=real, default=0.75, help="of the rate, a block below [0.75]")
+    add("--weight-decay", type=real, default=0.05, help="AdamW's, not of biases and norms [0.05]")
+    add("--smoothing", type=real, default=0.1, help="of the labels [0.1]")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 of the encoder [on GPUs]")
-    add("--workers", type=int, help="processes that load images [as in training]")
+    add("--workers", type=whole, help="processes that load images [as in training]")
     options = parser.parse_args(argv)
-    train.check_least("probe.py", options, LEAST)
-    check(options)
+    if options.finetune and (options.pool != "avg" or options.layers):
+        sys.exit("probe.py: --pool, --layers are of k-NN and linear: leave them out")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
     return options
-
-
-def check(options):
-    """Exits in one line where options are out of range or do not go together."""
-    if min(options.shots, default=1) < 1:
-        sys.exit(f"probe.py: --shots {min(options.shots)} must be at least 1")
-    chosen = options.pool != "avg" or options.layers
-    if chosen and (options.finetune or options.pca or options.export):
-        sys.exit("probe.py: --pool, --layers are of k-NN and linear: leave them out")
-    for path, ending in ((options.export, ".pt"), (options.pca, ".png")):
-        if path and not (path.endswith(ending) and Path(path).absolute().parent.is_dir()):
-            sys.exit(f"probe.py: {path} must end in {ending}, in a folder that exists")
-    if options.finetune and options.export:
-        sys.exit("probe.py: --export writes the encoder before --finetune; leave one out")
-    if options.export and Path(options.export).resolve() == Path(options.ckpt).resolve():
-        sys.exit(f"probe.py: --export {options.export} would overwrite the checkpoint")
 
 
 def load_encoder(options, checkpoint):
@@ -427,7 +317,7 @@ def load_encoder(options, checkpoint):
     options.layer_decay = options.layer_decay if is_vit else 1.0  # no other encoder has layers
     options.blocks = min(4, len(encoder.blocks)) if default else options.layers
     wants = {f"--pool {options.pool}": options.pool != "avg", "--layers": options.layers > 1}
-    for flag, asked in (wants | {"--pca": options.pca}).items():
+    for flag, asked in wants.items():
         if asked and not is_vit:
             sys.exit(f"probe.py: {flag} needs a ViT's tokens; leave it out for {name}")
     if is_vit and options.layers > len(encoder.blocks):
@@ -437,10 +327,12 @@ def load_encoder(options, checkpoint):
     return encoder
 
 
-def open_splits(data, root, seed, size):
-    """Training and validation split of one data set, with the same classes."""
-    sources = [train.open_data(data, root, split, seed, size) for split in ("train", "val")]
+def open_splits(data, root, seed):
+    """Training and validation split of one data set, with the same classes, at least two."""
+    sources = [train.open_data(data, root, split, seed) for split in ("train", "val")]
     one, two = (set(getattr(source, "classes", ())) for source in sources)
+    if len(one) == 1:
+        sys.exit(f"probe.py: {data} has one class alone; the probes need two or more")
     if one != two:
         sys.exit(f"probe.py: of the splits of {data}, class {min(one ^ two)} is in one alone")
     return sources
@@ -466,28 +358,18 @@ def main(argv=None):
         vars(options).update({n: args[n] for n in names if getattr(options, n) is None})
         encoder = load_encoder(options, checkpoint).to(device).eval().requires_grad_(False)
         step = 0 if options.untrained else checkpoint["step"]
-        if options.export and rank == 0:
-            names = ("model", "image_size", "recipe", "data", "seed")
-            export(encoder, options.export, {n: args[n] for n in names} | {"step": step})
-        if options.export and not options.pca:
-            return
-        size = options.image_size
-        sources = open_splits(options.data, options.data_root, args["seed"], size)
-        if options.pca and rank == 0:
-            save_pca(encoder, sources[1], size, options.pca, device)
+        sources, size = (
+            open_splits(options.data, options.data_root, args["seed"]),
+            options.image_size,
+        )
         if options.finetune:
             result = finetune(encoder, *sources, size, options, device)
-        elif not options.pca:
+        else:
             images = [train.Images(source, size) for source in sources]
             result = frozen_probes(encoder, *images, options, device)
-        if rank == 0 and (options.finetune or not options.pca):
-            about = {
-                "ckpt": options.ckpt,
-                "data": options.data,
-                "model": args["model"],
-                "step": step,
-            }
-            names = "image_size pool layers untrained amp seed"
+        if rank == 0:
+            about = {"ckpt": options.ckpt, "model": args["model"], "step": step}
+            names = "data image_size pool layers untrained amp seed"
             about |= {name: getattr(options, name) for name in names.split()}
             about |= {"train": len(sources[0]), "val": len(sources[1]), "torch": torch.__version__}
             show(about, result, options)

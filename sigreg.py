@@ -14,8 +14,7 @@ copy. `*_sigreg` is the same number over all ranks, finite also for identical ro
 
 All want more rows than dimensions, N > D. A smaller sample cannot be white: spectral is then at
 least log(D / (N - 1)), and legendre above 0 (2.6 for 256 rows of 768 numbers). Values and gradients
-are the same inside torch.autocast as outside. torch.compile takes every loss. torch.func.grad and
-vmap take all but sketched_sigreg; its plain form they do.
+are the same inside torch.autocast as outside. torch.compile takes every loss.
 
 N rows of D numbers; M slices, T knots; B images, V views; K target blocks of Nt patches, a context
 of Nc; P patches in the whole image. This file needs torch alone.
@@ -118,9 +117,10 @@ def masked_loss(z_context, z_target, z_pred, z_back=None, *, masks, lam, regular
     if relative or on == "tokens":
         at_context, at_targets, num_patches = masks or (None, None, None)
         c, t = centre(context, at_context, num_patches), centre(target, at_targets, num_patches)
-    samples = [mean_token(z_context, z_target)]
     if on == "tokens":
         samples = [c.flatten(0, 1), t.flatten(0, 2)]
+    else:
+        samples = [mean_token(z_context, z_target)]
     reg = sum(regularizer(z) for z in samples) / len(samples)
     context, target = (c, t) if relative else (context, target)
     pred = prediction_loss(z_pred, target, relative)
@@ -212,16 +212,11 @@ def sum_over_ranks(*tensors):
 class _MatMul(torch.autograd.Function):
     """a @ b in the type of a and b, forward and backward, whatever autocast would make of them."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(a, b):
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
         with torch.autocast(a.device.type, enabled=False):
             return a @ b
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -279,8 +274,6 @@ def prediction_loss(z_pred, z_target, relative=False):
     if z_pred.shape != z_target.shape:
         shapes = f"{tuple(z_pred.shape)} and {tuple(z_target.shape)}"
         raise ValueError(f"sigreg.py: z_pred and z_target differ in shape: {shapes}")
-    if z_pred.numel() == 0 and _world() == 1:
-        raise ValueError(f"sigreg.py: z_pred of shape {tuple(z_pred.shape)} is empty")
     z_pred, z_target = wide(z_pred), wide(z_target)
     error, scale = (z_pred - z_target).square().sum(), z_target.square().sum()
     error, scale, n = sum_over_ranks(error, scale, z_target.new_full((), z_target.numel()))

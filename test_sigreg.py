@@ -4,7 +4,6 @@ Grouped as the files are. Tolerances: 1e-10 and below is float64 rounding over s
 terms, 1e-5 is float32's; others say why.
 """
 
-import ast
 import csv
 import io
 import itertools
@@ -20,7 +19,6 @@ import sys
 import textwrap
 import time
 import types
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,16 +148,6 @@ def test_legendre_is_the_gaussian_kl():
     assert shifted == pytest.approx(0.5, rel=1e-3)  # |1|^2 / 2D per dimension
 
 
-def test_plain_sketched_is_its_definition():
-    z, directions = gaussian(65, 7), sigreg.random_directions(7, 5, seed=3).double()
-    for knots, t_max in [(17, 3.0), (9, 2.0)]:
-        settings = {"directions": directions, "knots": knots, "t_max": t_max}
-        value, grad = gradient(partial(sigreg.sketched_sigreg_plain, **settings), z)
-        wanted, wanted_grad = gradient(partial(sketched_reference, **settings), z)
-        assert value.item() == pytest.approx(wanted.item(), rel=1e-10)
-        assert off(grad, wanted_grad) <= 1e-10
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, dim", [(2, 1), (17, 768), (2048, 64)])
 def test_fast_sketched_is_the_plain_form(n, dim, dtype):
@@ -248,24 +236,18 @@ def test_multi_view_loss_is_its_definition(views, num_global):
     assert off(grad, wanted_grad) <= 1e-10
 
 
-Z4 = torch.zeros(3, 4)
-
-
-MASKED = {"lam": 1, "masks": None, "relative": False, "regularizer": sketched}
-
-
 def test_losses_name_what_is_wrong():
-    views, empty = torch.zeros(4, 5, 3), torch.zeros(4, 0, 3)
+    z, views = torch.zeros(3, 4), torch.zeros(4, 5, 3)
+    masked = {"lam": 1, "masks": None, "relative": False, "regularizer": sketched}
     for call, says in (
         (lambda: sigreg.spectral_sigreg(torch.zeros(3)), "shape"),
         (lambda: sigreg.legendre_sigreg(torch.zeros(0, 4)), "N above 0"),
-        (lambda: sigreg.sketched_sigreg(Z4, torch.zeros(5, 6)), "directions"),
-        (lambda: sigreg.spectral_sigreg(Z4.long()), "not float"),
-        (lambda: sigreg.prediction_loss(Z4, torch.zeros(3, 5)), "shape"),
-        (lambda: sigreg.multi_view_loss(empty, 2, 0.1, sketched), "empty"),
+        (lambda: sigreg.sketched_sigreg(z, torch.zeros(5, 6)), "directions"),
+        (lambda: sigreg.spectral_sigreg(z.long()), "not float"),
+        (lambda: sigreg.prediction_loss(z, torch.zeros(3, 5)), "shape"),
         (lambda: sigreg.multi_view_loss(views, 0, 0.1, sketched), "1 to V"),
         (lambda: sigreg.multi_view_loss(views, 9, 0.1, sketched), "1 to V"),
-        (lambda: sigreg.masked_loss(Z4, Z4, Z4, on="token", **MASKED), "pooled or tokens"),
+        (lambda: sigreg.masked_loss(z, z, z, on="token", **masked), "pooled or tokens"),
         (lambda: sigreg.SIGReg("spectre"), "spectral, legendre"),
     ):
         with pytest.raises(ValueError, match=rf"^sigreg\.py: .*{says}"):
@@ -323,15 +305,6 @@ def test_losses_compile_to_one_graph(name):
     (value, grad), (wanted, wanted_grad) = gradient(compiled, z), gradient(function, z)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert off(grad, wanted_grad) <= 1e-4  # fewer rows than dimensions: ill-conditioned
-
-
-@pytest.mark.parametrize("name", ["spectral", "legendre", "sketched_plain"])
-def test_losses_under_functional_transforms(name):
-    function, z = public_functions()[name], gaussian(64, 96)
-    value, grad = gradient(function, z)
-    assert off(torch.func.grad(function)(z), grad) <= 1e-10
-    batched = torch.func.vmap(function)(torch.stack([z, 2 * z]))
-    assert batched[0].item() == pytest.approx(value.item(), rel=1e-10)
 
 
 # -------------------------------------------------------------------------------------------- ranks
@@ -414,9 +387,8 @@ def test_gradient_over_ranks_is_that_of_one_process(shares, exact, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- masks
-@pytest.mark.parametrize("grid", [2, 3, 14, (1, 4), (16, 3)])
+@pytest.mark.parametrize("grid", [2, 3, 14])
 def test_masks_are_legal_on_any_grid(grid):
-    height, width = (grid, grid) if isinstance(grid, int) else grid
     for seed, count in itertools.product(range(5), (1, 33)):
         context, targets = masks.multi_block_masks(count, grid, generator=generator(seed))
         again = masks.multi_block_masks(count, grid, generator=generator(seed))
@@ -425,49 +397,31 @@ def test_masks_are_legal_on_any_grid(grid):
         assert context.shape[0] == targets.shape[0] == count and targets.shape[1] == 4
         assert context.shape[1] >= 1 and targets.shape[2] >= 1
         for indices in (context, targets):
-            assert indices.min() >= 0 and indices.max() < height * width
+            assert indices.min() >= 0 and indices.max() < grid * grid
             assert (indices.diff(dim=-1) > 0).all()  # raster order, none twice
-        seen = torch.zeros(count, height * width, dtype=torch.bool).scatter_(1, context, True)
+        seen = torch.zeros(count, grid * grid, dtype=torch.bool).scatter_(1, context, True)
         assert not seen.gather(1, targets.flatten(1)).any()
 
 
 def test_block_masks_are_blocks_of_the_asked_size(monkeypatch):
     monkeypatch.setattr(masks, "TARGET_ASPECT", (0.5, 2.0))
-    sizes, ratios = [], []
+    sizes, ratios, reached = [], [], set()
     for seed in range(300):
         scale = {"target_scale": (0.1, 0.3), "generator": generator(seed)}
         context, targets = masks.multi_block_masks(3, 32, **scale)
         rows, cols = targets // 32, targets % 32
         h, w = rows.amax(-1) - rows.amin(-1) + 1, cols.amax(-1) - cols.amin(-1) + 1
         assert (h * w == targets.shape[2]).all() and (h == h[0, 0]).all()
+        reached |= {*rows.flatten().tolist()}
         sizes.append(targets.shape[2] / 32**2)
         ratios.append(math.log(h[0, 0] / w[0, 0]))
         assert context.shape[1] >= 0.25 * 32**2 - 1
+    assert reached == {*range(32)}
     assert 0.09 < min(sizes) < 0.12 and 0.28 < max(sizes) < 0.31
     assert min(ratios) < -0.6 and max(ratios) > 0.6
     assert abs(np.mean(ratios)) < 0.08  # log-uniform: wide ones as often as high ones
     # independent draws; I-JEPA's one draw for both gives 1.0. Standard error: 1 / sqrt(300) = 0.06
     assert abs(np.corrcoef(sizes, ratios)[0, 1]) < 0.2
-
-
-def test_mask_frequencies_are_symmetric():
-    counts = torch.zeros(2, 14 * 14)
-    for seed in range(60):
-        pair = masks.multi_block_masks(1000, 14, generator=generator(seed))
-        for i, indices in enumerate(pair):
-            counts[i] += indices.flatten().bincount(minlength=196)
-    frequency = (counts / 60_000).view(2, 14, 14)
-    assert (frequency - frequency.flip(1)).abs().max() < 0.03
-    assert (frequency - frequency.flip(2)).abs().max() < 0.03
-    assert frequency[0].min() > 0.05  # every patch is seen
-
-
-def test_masks_name_the_impossible_argument():
-    wrong = {"batch_size": 0, "grid": 1, "num_targets": 0, "min_context": 0.0}
-    wrong = [*wrong.items(), *(("target_scale", x) for x in ((0.2, 0.1), (0.5, 1.0), (0.0, 0.1)))]
-    for name, value in wrong:
-        with pytest.raises(ValueError, match=rf"^masks\.py: {name} "):
-            masks.multi_block_masks(**{"batch_size": 4, "grid": 8} | {name: value})
 
 
 def test_blocks_have_places_of_their_own_and_contexts_do_not_starve(monkeypatch):
@@ -509,6 +463,8 @@ def test_encoder_sees_only_the_given_patches():
     changed[0, :, unseen // 4 * 8 : unseen // 4 * 8 + 8, unseen % 4 * 8 : unseen % 4 * 8 + 8] += 1
     assert torch.equal(encoder(changed, targets)[0, 0], tokens[0, 0])
     assert not torch.allclose(encoder(changed), encoder(images))
+    with pytest.raises(ValueError, match="masks of 1 images for 3"):
+        encoder(images, targets[:1])
 
 
 def test_models_are_named_and_refuse_broken_patches():
@@ -519,7 +475,7 @@ def test_models_are_named_and_refuse_broken_patches():
     for name in ("resnet50", "vit_x16", "vit_b", "vit_b0", "vit_b16x"):
         with pytest.raises(ValueError, match="vit_b16"):
             model.vit(name)
-    with pytest.raises(ValueError, match="image size 30 .* 24 or 32"):
+    with pytest.raises(ValueError, match="image size 30 is not a multiple of 8"):
         model.vit("vit_n8", 30)
     with pytest.raises(ValueError, match=r"^model\.py: images of \(32, 36\) px .* 8 x 8"):
         small_vit()(torch.zeros(1, 3, 32, 36))
@@ -547,13 +503,6 @@ def test_last_layers_stand_side_by_side():
     assert three.shape == (2, 17, 3 * 128) and torch.equal(three[..., :128], encoder(images))
     wanted = torch.cat([encoder.norm(seen[i]) for i in (3, 2, 1)], dim=-1)
     assert torch.equal(three, wanted)
-
-
-def test_exported_encoders_take_any_batch_size():
-    encoder, images = small_vit(), torch.randn(5, 3, 32, 32)
-    batch = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
-    exported = torch.export.export(encoder, (images[:2],), **batch).module()
-    torch.testing.assert_close(exported(images), encoder(images))
 
 
 @pytest.mark.parametrize("make", PREDICTORS)
@@ -665,18 +614,17 @@ def test_backbones_lose_their_classifier():
     assert isinstance(small.maxpool, torch.nn.Identity)
 
 
-def step_gradients(flags, at_once, dtype, world=1, rank=0):
+def step_gradients(flags, at_once, dtype):
     """Loss and parameter gradients of a first step, at_once images in memory, as train has it."""
     flags = f"--batch-size 25 --no-amp --augment crop {flags}".split()
     args = train.parse_args([*flags, "--micro-batch", str(at_once)])
-    train.fill_in(args, 20_000, 32, world)
+    train.fill_in(args, 20_000, 32, 1)
     net, parts = train.build(args, CPU)
     encoder, predictor = parts["encoder"].to(dtype), parts["predictor"].to(dtype)
-    mine = torch.arange(25).tensor_split(world)[rank]
-    images = torch.from_numpy(np.stack([train.Shapes()[i][0] for i in mine])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([train.Shapes()[i][0] for i in range(25)]))
+    images, mine = images.permute(0, 3, 1, 2), torch.arange(25)
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
     views, drawn = train.draw(args, [images], crops, mine, encoder, seed=5)
-    net = DistributedDataParallel(net) if world > 1 else net
     embeddings = net([view.to(dtype) for view in views], *drawn)
     regularizer = sigreg.SIGReg(args.sigreg, 32, seed=5)
     loss = train.loss_of(args, embeddings, drawn, encoder, regularizer)[0]
@@ -909,23 +857,6 @@ def test_a_path_is_claimed_from_the_start(tmp_path, few_shapes):
     refuse(train.main, [*TINY, "--ckpt", path], "ckpt.jsonl is the log of a run")
 
 
-def test_full_disk_keeps_the_last_checkpoint(tmp_path):
-    """A limit on a file's size stands in for the disk: both end a write in the middle."""
-    code = f"""
-        import resource, torch, train
-        args = train.parse_args(["--ckpt", {str(tmp_path / "ckpt.pt")!r}])
-        train.save(args, {{}}, 1)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        train.save(args, {{"x": torch.nn.Linear(1000, 1000)}}, 2)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.fullmatch(r"train.py: cannot write .*ckpt.pt.*\n", done.stderr)
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 1
-
-
 def test_bad_checkpoints(tmp_path, trained):
     good, ran, buffer = trained[0].read_bytes(), tmp_path / "ran", io.BytesIO()
     reduce = {"__reduce__": lambda self: (os.mkdir, (str(ran),))}
@@ -956,25 +887,25 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --model resnet18 | resnet18 has none.*--recipe crops
 --recipe crops --model googlenet | googlenet cannot be a backbone.*swin
 --recipe crops --model resnet18 --micro-batch 4 | batch norm.*--micro-batch
---recipe crops --keep 0 | --keep 0.0 must be above 0
+--recipe crops --keep 0 | --keep above 0
 --recipe crops --model resnet18 --keep 0.5 | --keep.* leave it out
---recipe crops --local-views -1 | local-views.*at least 0
 --recipe crops --lam 2 | --lam 2.0 of --recipe crops must be at most 1
 --recipe crops --stop-grad | crops does not take --stop-grad
 --recipe crops --local-size 20 | --local-size 20 .*patch of vit_n8
+--min-context 0 | min_context above 0
 --sigreg sketched | --recipe masked --sigreg sketched needs a --lam
 --ema 0.9 --directions both | --ema.*--directions one
---ema 1 | --ema below 1
+--ema 1 | --ema must be below 1
 --data nowhere | nowhere is not a folder.*cifar10
---image-size 30 | image size 30.*24 or 32
+--image-size 30 | image size 30 is not a multiple of 8
 --image-size 8 | grid
---lam nan | --lam nan
---lr -1 | --lr -1
---seed 123456789012345 | --seed 123456789012345 must be below
+--lam nan | --lam: nan must be at least 0
+--epochs 0 | --epochs: 0 must be at least 1
+--predictor mpl | invalid choice: 'mpl'
+--lamda 2 | unrecognized arguments: --lamda
 --batch-size 20001 | 20001.*20000 images
 --device abacus | --device abacus
 --target-scale 0.5 1.5 | target_scale
---ckpt no/such/folder/ckpt.pt | no such folder
 --ckpt run | --ckpt run must end in .pt
 --ckpt /proc/ckpt.pt | cannot write /proc/ckpt"""
 
@@ -1004,27 +935,20 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
 
 
 def jpeg_folder(folder, per_class=12, classes=2, size=40):
-    shapes = train.Shapes(size)
+    shapes = train.Shapes()
     for split, label, i in itertools.product(("train", "val"), range(classes), range(per_class)):
         path = folder / split / f"class{label}" / f"{i:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(shapes[10 * i + label][0]).save(path)
+        Image.fromarray(shapes[10 * i + label][0]).resize((size, size)).save(path)
     return folder
 
 
 # --------------------------------------------------------------------------------------------- data
 def test_shapes_are_a_function_of_seed_and_index():
-    a, b = train.Shapes(32, seed=1), train.Shapes(32, seed=1)
+    a, b = train.Shapes(1), train.Shapes(1)
     assert np.array_equal(a[7][0], b[7][0]) and a[7][1] == 7
-    others = a[17], train.Shapes(32, seed=2)[7], train.Shapes(32, seed=1, split="val")[7]
+    others = a[17], train.Shapes(2)[7], train.Shapes(1, "val")[7]
     assert not any(np.array_equal(a[7][0], image) for image, _ in others)
-    assert train.Shapes(50)[0][0].shape == (50, 50, 3)
-
-
-def test_splits_of_named_data_are_apart():
-    for _, first, second in train.DATASETS.values():
-        assert first.get("train") or first["split"] in ("train", "trainval")
-        assert second.get("train") is False or second["split"] in ("val", "test")
 
 
 def test_bad_folders(tmp_path, monkeypatch):
@@ -1074,8 +998,6 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(folder / "train" / "class1" / "one.gif")
     data = train.open_data(str(folder), "", "train")
     assert len(data) == 7 and "left out 3 files, such as " in capsys.readouterr().out
-    (folder / "train" / "class0" / "loop").symlink_to(folder / "train" / "class0")
-    assert len(train.open_data(str(folder), "", "train")) == 7
 
 
 def test_a_broken_image_ends_in_one_line_and_other_images_are_refused(tmp_path, monkeypatch):
@@ -1225,7 +1147,7 @@ HELD = {"--augment none": [], "--recipe crops": [(2, 32, 0.3, 1), (6, 16, 0.05, 
 
 @pytest.mark.parametrize("flags, kinds", HELD.items())
 def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
-    args, data = filled(flags), train.Shapes(32)
+    args, data = filled(flags), train.Shapes()
     loader, found = train.load(args, data, 1, 2, torch.arange(32), CPU)
     assert found == kinds
     (keys,), (batch,) = train.batch_keys(600, 32, 1, 2, 0, torch.arange(32)), next(iter(loader))
@@ -1253,7 +1175,7 @@ def run_probe(capsys, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-FROZEN = "", "--untrained --image-size 48", "--pool cls --layers 2 --shots 1 10"
+FROZEN = "", "--untrained --image-size 48", "--pool cls --layers 2"
 
 
 @pytest.mark.parametrize("flags", [*FROZEN, "--finetune --steps 3 --batch-size 64"])
@@ -1272,7 +1194,6 @@ def test_probes_print_and_leave_the_encoder_alone(
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     assert (result["train"], result["val"]) == (600, 200)
     assert ("knn" in result and 1 <= result["erank"] <= 256) == (flags in FROZEN)
-    assert ("1-shot" in result and "10-shot" in result) == ("--shots" in flags)
 
 
 def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, few_shapes):
@@ -1286,9 +1207,9 @@ def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, fe
 
     for item in (draw, permuted):
         monkeypatch.setattr(train.Shapes, "__getitem__", item)
-        results.append(run_probe(capsys, trained[0], "--shots", "2"))
+        results.append(run_probe(capsys, trained[0]))
     half = len(heads) // 2
-    assert half == 9  # the grid and the chosen head, 5 draws, and for four blocks grid and head
+    assert half == 4  # the grid and the chosen head, of the last block and of four
     for before, after in zip(heads[:half], heads[half:], strict=True):
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert results[0]["linear"] != results[1]["linear"]
@@ -1336,7 +1257,7 @@ def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
     build = probe.Classifier
     monkeypatch.setattr(probe, "Classifier", lambda *a: nets.append(build(*a)) or nets[-1])
     start.blocks[0].register_forward_hook(lambda module, *_: modes.append(module.training))
-    sets = [train.Shapes(32, 0, split) for split in ("train", "val")]
+    sets = [train.Shapes(0, split) for split in ("train", "val")]
     found = probe.finetune(start, *sets, 32, options, CPU)["finetune"]
     assert modes == [True] * 3 + [False] * 4  # 200 images, 64 at once
     encoder, head = nets[0].encoder, nets[0].head
@@ -1346,47 +1267,12 @@ def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
     assert found == pytest.approx(100 * (head(x).argmax(1) == y).float().mean().item(), abs=0.01)
 
 
-def test_pca_picture_shows_the_variance(tmp_path):
-    encoder, images = small_vit(), torch.rand(3, 3, 64, 64, generator=generator())
-    picture = probe.pca_picture(encoder, images, 64)
-    assert picture.shape == (3, 2 * 68 + 4, 4 * 68 + 4) and 0 <= picture.min() <= picture.max() <= 1
-    assert torch.equal(picture[:, 4:68, 4:68], images[0])
-    tokens = encoder(train.normalize(images))[:, 1:].flatten(0, 1).double()
-    first = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[0][:, 0].detach()
-    corners = [(4 + 68 * (i // 2), 72 + 136 * (i % 2)) for i in range(3)]
-    red = [picture[0, y : y + 64 : 8, x : x + 64 : 8] for y, x in corners]
-    correlation = np.corrcoef(first, torch.stack(red).flatten())[0, 1]
-    assert correlation**2 > 0.98  # cut at the percentiles
-    probe.save_pca(encoder, train.Shapes(32, 0, "val"), 32, tmp_path / "pca.png", CPU)
-    assert Image.open(tmp_path / "pca.png").size == (4 * 132 + 4, 4 * 132 + 4)
-
-
-def test_export_has_the_probes_features(trained, tmp_path):
-    probe.main([str(trained[0]), "--export", str(tmp_path / "e.pt"), "--device", "cpu"])
-    saved = torch.load(tmp_path / "e.pt", weights_only=True)
-    about = {"model": "vit_n8", "image_size": 32, "recipe": "masked", "step": 8}
-    assert about.items() <= saved.items() and saved["mean"] == [0.485, 0.456, 0.406]
-    encoder = model.vit(saved["model"], saved["image_size"]).eval()  # README's five lines
-    encoder.load_state_dict(saved["state_dict"])
-    mean, std = (torch.tensor(saved[name])[:, None, None] for name in ("mean", "std"))
-    images = train.Images(torch.utils.data.Subset(train.Shapes(32, 0, "val"), range(20)), 32)
-    x = (torch.cat([images[0, i][0][0] for i in range(20)]) / 255 - mean) / std
-    wanted, _ = probe.extract_features(encoder, images)
-    torch.testing.assert_close(encoder(x)[:, 1:].mean(1), wanted, atol=1e-4, rtol=1e-4)
-
-
 BAD_PROBES = """--layers 9 | vit_n8 has 4 blocks
 --image-size 36 | 36, 36.* px are not whole patches of 8 x 8
---shots 0 | at least 1
---lr 0 | --lr 0.0 must be at least
+--lr -1 | --lr: -1 must be at least 0
+--epochs x | invalid count value
 --finetune --layers 2 | leave them out
---device quantum | --device quantum
---seed 99999999999 | --seed 99999999999 must be below
---export ckpt.pt | would overwrite the checkpoint
---export enc.onnx | enc.onnx must end in .pt
---export nowhere/enc.pt | in a folder that exists
---pca p.xyz | p.xyz must end in .png
---finetune --export e.pt | before --finetune; leave one out"""
+--device quantum | --device quantum"""
 
 
 def test_bad_probes_end_in_one_line(trained, tmp_path, monkeypatch, few_shapes):
@@ -1404,9 +1290,8 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
     flags = [trained[0], "--data", photos, "--device", "cpu", "--workers", "0"]
     (photos / "val" / "class1").rename(photos / "val" / "class2")
     refuse(probe.main, flags, "class class1 is in one alone")
-    (photos / "val" / "class2").rename(tmp_path / "aside")
-    (photos / "train" / "class1").rename(tmp_path / "aside" / "more")
-    refuse(probe.main, [*flags, "--finetune"], "needs two classes")
+    (photos / "train" / "class1").rename(tmp_path / "aside")
+    refuse(probe.main, [*flags, "--finetune"], "photos has one class alone")
 
 
 def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
@@ -1416,25 +1301,12 @@ def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
     for extra in ([], "--finetune --steps 2 --batch-size 12".split()):
         found = run_probe(capsys, path, "--data", photos, "--workers", "0", *extra)
         assert found["val"] == 24 and found.get("layer_decay", 1) == 1  # it has no layers
-    for flags in ("--pool cls", "--layers 2", "--pca x.png"):
+    for flags in ("--pool cls", "--layers 2"):
         refuse(probe.main, [path, *flags.split()], f"{flags.split()[0]}.* needs a ViT")
 
 
-def test_probes_name_impossible_labels_and_too_few_images():
-    x = torch.randn(4, 3)
-    for y in (torch.tensor([1, 1, 1, 1]), torch.tensor([0, 1, 0, -1])):
-        for call in (probe.knn_probe, probe.linear_probe, partial(probe.few_shot_probe, shots=1)):
-            with pytest.raises(ValueError, match="^probe.py: the training split needs labels"):
-                call(x, y, x, y)
-    y = torch.arange(4)
-    with pytest.raises(ValueError, match="one training image a class"):
-        probe.linear_probe(x, y, x, y)
-    with pytest.raises(ValueError, match="--shots 2, but class 0 has 1$"):
-        probe.few_shot_probe(x, y, x, y, shots=2)
-
-
 def test_features_are_of_normalised_images(few_shapes):
-    encoder, data = small_vit().eval(), torch.utils.data.Subset(train.Shapes(32), range(5))
+    encoder, data = small_vit().eval(), torch.utils.data.Subset(train.Shapes(), range(5))
     x = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in data]) / 255
     tokens = encoder(tv.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     cls, avg = tokens[:, 0], tokens[:, 1:].mean(1)
@@ -1496,6 +1368,8 @@ def test_linear_heads_reach_their_minimum(decay):
 
 def test_linear_head_is_chosen_on_a_held_out_tenth():
     x, y = gaussian(300, 400).float(), torch.arange(300) % 2  # noise: any fit is of the images seen
+    with pytest.raises(ValueError, match="one training image a class"):
+        probe.linear_probe(x[:2], y[:2], x, y)
     found = probe.linear_probe(x, y, x, y, seed=3)
     assert found["linear_held_out"] < 85 and found["linear"] > 95
     head = found["linear_lr"], found["linear_decay"]
@@ -1505,15 +1379,6 @@ def test_linear_head_is_chosen_on_a_held_out_tenth():
     heads = [(1.0, 1e4), (1.0, 0.0), (1.0, 1e5)]  # one of them learns
     x[:, 0] += 9 * y
     assert probe.linear_probe(x, y, x, y, heads=heads)["linear_decay"] == 0
-
-
-def test_shots_are_drawn_anew(monkeypatch):
-    honest, rows = probe.fit_heads, []
-    monkeypatch.setattr(probe, "fit_heads", lambda *a: rows.append(a[4]) or honest(*a))
-    x, y = gaussian(60, 5).float(), torch.arange(60) % 3
-    found = probe.few_shot_probe(x, y, x, y, shots=2)
-    assert len({tuple(some.tolist()) for some in rows}) == 5 and found["2-shot_std"] > 0
-    assert all(y[some].bincount().tolist() == [2, 2, 2] for some in rows)
 
 
 # ------------------------------------------------------------------------------- files and commands
@@ -1527,17 +1392,25 @@ def test_files_can_be_copied_alone(name, tmp_path):
 def test_readmes_loss_code_is_the_code():
     """A fenced function of README equals the one in sigreg.py, less its docstring and comments."""
     blocks = re.findall(r"```python\n(def .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    found = {
-        node.name: node
-        for node in ast.parse((HERE / "sigreg.py").read_text()).body
-        if hasattr(node, "name")
-    }
-    assert len(blocks) == 2
-    for block in blocks:
-        (shown,) = ast.parse(block).body
-        real = found[shown.name]
-        real.body = real.body[1:]
-        assert ast.dump(shown) == ast.dump(real), shown.name
+    source = re.sub(r' {4}"""(.|\n)*?"""\n', "", (HERE / "sigreg.py").read_text())
+    assert len(blocks) == 2 and all(block in source for block in blocks)
+
+
+def test_shown_code_runs(trained, monkeypatch):
+    """README's lines that load an encoder, and the step in the docstring of Masked."""
+    monkeypatch.chdir(trained[0].parent)
+    images, encoder = torch.rand(4, 3, 32, 32), small_vit()
+    names = {"torch": torch, "model": model, "train": train, "images": images}
+    block = re.search(r"```python\n(saved = .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    exec(block[1], names)  # noqa: S102
+    encoder.load_state_dict(trained[1]["encoder"])
+    wanted = probe.read_out(encoder, images, "avg", 1)
+    torch.testing.assert_close(names["features"], wanted)
+    names = vars(model) | vars(masks) | vars(sigreg)
+    names |= {"encoder": encoder, "x": images, "x_recoloured": images, "step": 3}
+    block = re.search(r" {8}net = .*?\n\n", model.Masked.__doc__, re.DOTALL)
+    exec(textwrap.dedent(block[0]), names)  # noqa: S102
+    torch.testing.assert_close(names["loss"], names["pred"] + names["reg"])
 
 
 def test_readme_and_results_agree_with_the_table():
@@ -1548,15 +1421,3 @@ def test_readme_and_results_agree_with_the_table():
     for name in ("README.md", "RESULTS.md"):
         shown = re.findall(r"\d\d?\.\d / \d\d\.\d / \d\d\.\d", (HERE / name).read_text())
         assert {*shown} <= known, {*shown} - known
-
-
-def test_slips_of_a_caller_are_named():
-    z, places = torch.ones(4, 3, 5), torch.tensor([[0, 5, 15]]).expand(4, -1)
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        sigreg.centre(z, places, 4)  # the grid's side in place of the number of patches
-    with pytest.raises(ValueError, match="masks of 1 images for 4"):
-        model.gather_tokens(z, places[:1])
-    with pytest.raises(ValueError, match=r"batch norm is of whole batches: no at_once"):
-        model.MultiView(model.build_encoder("resnet18", 32), None, 1, at_once=2)
-    with pytest.raises(ValueError, match="test"):
-        train.Shapes(split="test")

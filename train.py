@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +212,7 @@ def learning_rate(step, total, lr, warmup=0, schedule="constant"):
     return lr * rise * {"constant": 1, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
 
 
-SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT  # the run saves, then ends
+SIGNALS = signal.SIGTERM, signal.SIGINT  # the run saves, then ends
 
 
 def catch_signals():
@@ -319,19 +319,8 @@ MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp c
 def save(args, parts, step):
     """The checkpoint of this step: the parts' states by name, the step, the settings."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    write(state | {"step": step, "args": vars(args)}, args.ckpt, "train.py")
-
-
-def write(state, path, script):
-    """Writes a file of torch's; a kill or a full disk leaves the old one whole, and no other."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(state, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"{script}: cannot write {path}, left as it was: {str(error).splitlines()[0]}")
+    torch.save(state | {"step": step, "args": vars(args)}, f"{args.ckpt}.tmp")
+    os.replace(f"{args.ckpt}.tmp", args.ckpt)  # a kill or a full disk leaves the old one whole
 
 
 def load_checkpoint(path):
@@ -352,8 +341,6 @@ def load_checkpoint(path):
 def resume(args, parts, total, rank, world):
     """The steps done by the checkpoint, which all ranks read into `parts`; 0 without one."""
     path = Path(args.ckpt)
-    if not path.absolute().parent.is_dir():
-        sys.exit(f"train.py: --ckpt {path}: no such folder {path.absolute().parent}")
     saved = load_checkpoint(path) if path.exists() else None
     found = [(saved and saved["step"], args.images)] * world
     if world > 1:
@@ -407,8 +394,6 @@ def ranks(script, device):
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=here)
     try:
         yield device, rank, world
-    except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted")
     except torch.OutOfMemoryError as error:
         less = "--micro-batch 256 gives the same result" if script == "train.py" else "fewer pixels"
         sys.exit(f"{script}: out of memory: {less} in less ({str(error).splitlines()[0]})")
@@ -462,25 +447,24 @@ def outlines(x, y):
 class Shapes(torch.utils.data.Dataset):
     """Embedded data set: 4 x 4 copies of one shape; its kind is the label, all else varies.
 
-    Item i -> uint8 array (size, size, 3) and label in 0 .. 9, a pure function of seed, split and i.
+    Item i -> uint8 array (32, 32, 3) and label in 0 .. 9, a pure function of seed, split and i.
     A copy has its own two colours, angle, place and scale, so the patches of an image share the
     kind of the shape and nothing else, and no linear map of pixels sees it.
     """
 
-    def __init__(self, size=32, seed=0, split="train"):
-        self.size, self.seed, self.val = size, seed, bool(["train", "val"].index(split))
-        self.cell = -(-size // 4)
+    def __init__(self, seed=0, split="train"):
+        self.seed, self.val = seed, {"train": False, "val": True}[split]
         rng = np.random.default_rng(0)  # the stencils are the same for every seed
         bounds = (-0.26, 0.26), (0.85, 1.15), (-0.24, 0.24), (-0.24, 0.24)
         angle, scale, dx, dy = (rng.uniform(*bound, (64, 1, 1)) for bound in bounds)
-        at = (np.arange(self.cell) + 0.5) / self.cell * 2 - 1
+        at = (np.arange(8) + 0.5) / 8 * 2 - 1
         x, y = at - dx, at[:, None] - dy
         cos, sin = np.cos(angle), np.sin(angle)
         x, y = (cos * x + sin * y) / scale, (cos * y - sin * x) / scale
         found = outlines(x, y)
         self.classes, distance = list(found), np.stack(list(found.values()))
-        # (10 kinds, 64 variants, cell, cell) in [0, 1], one pixel of slope at the outline
-        self.stencils = np.clip(0.5 - distance * scale * self.cell / 2, 0, 1).astype(np.float32)
+        # (10 kinds, 64 variants, 8, 8) in [0, 1], one pixel of slope at the outline
+        self.stencils = np.clip(0.5 - distance * scale * 8 / 2, 0, 1).astype(np.float32)
 
     def __len__(self):
         return 4_000 if self.val else 20_000
@@ -490,9 +474,8 @@ class Shapes(torch.utils.data.Dataset):
         rng, label = np.random.default_rng((self.seed, self.val, index)), index % len(self.classes)
         stencil = self.stencils[label, rng.integers(64, size=(4, 4))][..., None]
         ground, figure = rng.random((2, 4, 4, 1, 1, 3), dtype=np.float32)
-        image = ground + (figure - ground) * stencil  # (4, 4, cell, cell, 3)
-        side = 4 * self.cell
-        image = image.transpose(0, 2, 1, 3, 4).reshape(side, side, 3)[: self.size, : self.size]
+        image = ground + (figure - ground) * stencil  # (4, 4, 8, 8, 3)
+        image = image.transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
         image = image + 0.1 * rng.standard_normal(image.shape, dtype=np.float32)
         return (image.clip(0, 1) * 255).astype(np.uint8), label
 
@@ -518,12 +501,12 @@ def read_image(path, size_alone=False):
         raise OSError(f"train.py: cannot read image {path} ({error}); replace the file") from None
 
 
-def open_data(data, root, split, seed=0, image_size=32):
+def open_data(data, root, split, seed=0):
     """The `train` or `val` split of --data, (uint8 array (H, W, 3), label) pairs, or an exit."""
     if data in ("shapes", *DATASETS) and Path(data, split).is_dir():
         sys.exit(f"train.py: --data {data} is a name of ours and a folder here; say ./{data}")
     if data == "shapes":
-        return Shapes(image_size, seed, split)
+        return Shapes(seed, split)
     together, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         if data not in DATASETS:
@@ -542,18 +525,12 @@ def open_data(data, root, split, seed=0, image_size=32):
 
 
 def open_folder(folder):
-    """torchvision's ImageFolder; rank 0 says how many other files it leaves out.
-
-    A folder that links reach on several ways counts once in a class.
-    """
+    """torchvision's ImageFolder; rank 0 says how many other files it leaves out."""
     endings, others = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif"), []
-    real, ways = cache(os.path.realpath), {}
 
     def is_image(path):
-        here, inside = os.path.dirname(path), path[len(str(folder)) :].lower()
-        once = ways.setdefault((real(here), inside.split(os.sep)[1]), here) == here
-        is_one = once and inside.endswith(endings) and "/." not in inside
-        return is_one or others.append(path)
+        hidden = "/." in path[len(str(folder)) :]
+        return path.lower().endswith(endings) and not hidden or others.append(path)
 
     data = datasets.ImageFolder(folder, np.array, loader=read_image, is_valid_file=is_image)
     if others and os.environ.get("RANK", "0") == "0":
@@ -751,7 +728,6 @@ def read(data, workers, **options):
 def leave_signals(worker):
     """Signals are the main process's: a loader that one ends would end the run before it saves."""
     os.setpgrp()  # torchrun and Ctrl-C send theirs to the group; SIGTERM is how a loader is ended
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -759,11 +735,6 @@ UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size keep proj_dim",
     "crops": "predictor predictor_size masks_per num_targets target_scale min_context pred "
     "directions sigreg_on targets stop_grad ema",
-}
-LEAST = {  # what an option must be at least
-    1: "image_size global_views local_size predictor_size proj_dim num_targets slices micro_batch "
-    "epochs steps save_every log_every",
-    0: "local_views workers min_context lam ema lr warmup_epochs weight_decay seed",
 }
 
 
@@ -782,57 +753,79 @@ DEFAULTS = {  # of the masked recipe, by the kind of data; more in fill_in
 # fmt: on
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, with one line for an error."""
+
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message}")
+
+
+def whole(text, low=0, kind=int):
+    """Type of an option: a number of that kind from low on."""
+    if not kind(text) >= low:  # nan is not
+        raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+    return kind(text)
+
+
+def count(text):
+    return whole(text, low=1)
+
+
+def real(text):
+    return whole(text, kind=float)
+
+
 def add_method(parser):
     """The options of data, model and loss. Defaults in brackets; None is filled in by the data."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10 ..., or a folder of train/ and val/")
     add("--data-root", default="data", help="where torchvision's data sets are downloaded to")
-    add("--image-size", type=int, help="pixels [32; the images' own; 224]")
+    add("--image-size", type=count, help="pixels [32; the images' own; 224]")
     add("--augment", choices=["none", "crop", "color"], help="[none; color; none; crops color]")
-    add("--global-views", type=int, default=2, help="crops: views of 0.3 to 1 of the image [2]")
-    add("--local-views", type=int, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
-    add("--local-size", type=int, help="crops: pixels of local views [0.43 of the image size]")
-    add("--keep", type=float, default=1.0, help="crops: share of patches that a ViT encodes [1]")
-    add("--workers", type=int, help="processes that load images; speed only [cores, at most 8]")
+    add("--global-views", type=count, default=2, help="crops: views of 0.3 to 1 of the image [2]")
+    add("--local-views", type=whole, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
+    add("--local-size", type=count, help="crops: pixels of local views [0.43 of the image size]")
+    add("--keep", type=real, default=1.0, help="crops: share of patches that a ViT encodes [1]")
+    add("--workers", type=whole, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
     add("--model", help="or resnet18 ... [vit_n8; vit_n4 up to 48 px, vit_n8; vit_s16]")
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
-    add("--predictor-size", type=int, default=4, help="mlp: width / encoder's; else blocks [4]")
-    add("--proj-dim", type=int, default=64, help="crops: width of the projection [64]")
+    add("--predictor-size", type=count, default=4, help="mlp: width / encoder's; else blocks [4]")
+    add("--proj-dim", type=count, default=64, help="crops: width of the projection [64]")
     add("--masks-per", choices=["batch", "image"], help="a mask for each [image; batch; batch]")
-    add("--num-targets", type=int, default=2, help="target blocks of an image [2]")
+    add("--num-targets", type=count, default=2, help="target blocks of an image [2]")
     add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
-    add("--min-context", type=float, default=0.35, help="least share for the context [0.35]")
+    add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
     add("--pred", choices=["relative", "mse"], help="squared error [mse; relative; relative]")
     add("--directions", choices=["one", "both"], help="of prediction [one; both; both]")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
     add("--sigreg-on", choices=["tokens", "pooled"], help="sample [pooled; tokens; tokens]")
-    add("--lam", type=float, help="SIGReg's weight [1; crops 0.05, sketched 12.8 / batch to 0.5]")
+    add("--lam", type=real, help="SIGReg's weight [1; crops 0.05, sketched 12.8 / batch to 0.5]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: image [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
-    add("--ema", type=float, default=0.0, help="momentum of a teacher that makes the targets")
-    add("--slices", type=int, default=1024, help="random directions of sketched SIGReg [1024]")
+    add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
+    add("--slices", type=count, default=1024, help="random directions of sketched SIGReg [1024]")
 
 
 def add_run(parser):
     """The options of the optimizer and of the run."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=int, default=256, help="images a step, over all ranks [256]")
-    add("--micro-batch", type=int, help="images a rank has in memory at once; exact all the same")
-    add("--epochs", type=int, help="passes over the data [5; 100; 300]")
-    add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
-    add("--lr", type=float, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
+    add("--batch-size", type=count, default=256, help="images a step, over all ranks [256]")
+    add("--micro-batch", type=count, help="images a rank has in memory at once; exact all the same")
+    add("--epochs", type=count, help="passes over the data [5; 100; 300]")
+    add("--steps", type=count, help="stop after so many steps, whatever --epochs says")
+    add("--lr", type=real, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
-    add("--warmup-epochs", type=float, default=0.0, help="epochs in which the rate rises [0]")
-    add("--weight-decay", type=float, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
-    add("--seed", type=int, default=0, help="of all that is random [0]")
+    add("--warmup-epochs", type=real, default=0.0, help="epochs in which the rate rises [0]")
+    add("--weight-decay", type=real, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
+    add("--seed", type=whole, default=0, help="of all that is random [0]")
     add = parser.add_argument_group("run").add_argument
     add("--ckpt", default="ckpt.pt", help="written to, and continued from if it is there [ckpt.pt]")
-    add("--save-every", type=int, default=500, help="steps between checkpoints [500]")
-    add("--log-every", type=int, default=50, help="steps between lines of the log [50]")
+    add("--save-every", type=count, default=500, help="steps between checkpoints [500]")
+    add("--log-every", type=count, default=50, help="steps between lines of the log [50]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 [where it is faster]")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
@@ -840,7 +833,7 @@ def add_run(parser):
 
 def parse_args(argv=None):
     about = "[Defaults]; three of them, with ;, are for shapes, images up to 96 px, larger ones."
-    parser = argparse.ArgumentParser(description=about, formatter_class=wide_help)
+    parser = Parser(prog="train.py", description=about)
     add_method(parser)
     add_run(parser)
     args = parser.parse_args(argv)
@@ -852,51 +845,34 @@ def parse_args(argv=None):
     return args
 
 
-wide_help = partial(argparse.HelpFormatter, width=100, max_help_position=31)
-
-
-def check_least(script, args, least):
-    """Exits in one line that names an option below its least number, or not a number."""
-    for number, names in least.items():
-        for name in names.split():
-            value, option = getattr(args, name), name.replace("_", "-")
-            if value is not None and not value >= number:
-                sys.exit(f"{script}: --{option} {value} must be at least {number}")
-    if args.seed >= 2**31:  # a step's seed is 1e5 times as large, and has 64 bits
-        sys.exit(f"{script}: --seed {args.seed} must be below 2^31")
-
-
 def check(args):
     """Exits in one line where options are out of range or do not go together."""
-    check_least("train.py", args, LEAST)
     if not args.ckpt.endswith(".pt"):
         sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
-    if args.lr == 0 or args.min_context == 0 or args.ema >= 1:
-        sys.exit("train.py: --lr and --min-context must be above 0, --ema below 1")
-    one_way = args.stop_grad or args.ema or args.targets == "full"  # without gradient, or all seen
-    if one_way and args.directions == "both":
+    if args.ema >= 1 or not 0 < args.keep <= 1:
+        sys.exit("train.py: --ema must be below 1, --keep above 0 and at most 1")
+    if one_way(args) and args.directions == "both":
         sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
-    if one_way:
-        args.directions = "one"
-    if not 0 < args.keep <= 1:
-        sys.exit(f"train.py: --keep {args.keep} must be above 0, at most 1")
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
 
 
-def fill_in(args, count, side, world):
-    """What the command line left open, for count images whose shorter side is `side` pixels, or
+def one_way(args):
+    """Whether targets have no gradient, or were encoded with all of the image in sight."""
+    return args.stop_grad or args.ema or args.targets == "full"
+
+
+def fill_in(args, images, side, world):
+    """What the command line left open, for so many images, whose shorter side is `side` pixels, or
     whatever --image-size says. Returns what was chosen; exits where the batch cannot be."""
     shapes, crops = args.data == "shapes", args.recipe == "crops"
     side = args.image_size or side  # from here on: the size that is trained on
     kind = 0 if shapes else 1 if side <= 96 else 2
     small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
     name = args.model or ("vit_s16" if kind == 2 else small)
-    # what divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others
     vit = re.fullmatch(r"vit_([a-z])(\d+)", name)
-    patch = max(int(vit[2]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
-    enlarge = kind == 2 or vit and side < 4 * patch  # few patches leave nothing to mask
-    size = 224 // patch * patch if enlarge else max(side // patch, 2) * patch
+    patch = max(int(vit[2]), 1) if vit else 1
+    size = 224 if kind == 2 or side < 4 * patch else side  # few patches leave nothing to mask
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen = {name: choices[kind] for name, choices in DEFAULTS.items()}
@@ -905,9 +881,10 @@ def fill_in(args, count, side, world):
         names = "masks_per target_scale pred directions sigreg_on"
         chosen |= {name: DEFAULTS[name][2] for name in names.split()}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
+    chosen |= {"directions": "one"} if one_way(args) else {}
     chosen |= {
         "model": name,
-        "image_size": size,
+        "image_size": size // patch * patch,
         "weight_decay": 5e-4 if "resne" in name else 0.05,
         "sigreg": "sketched" if crops else "legendre",
         "local_size": max(round(0.43 * (args.image_size or size) / patch), 1) * patch,
@@ -925,8 +902,8 @@ def fill_in(args, count, side, world):
     if args.lam is None:  # the sketched statistic grows with the batch: the paper's 0.05 is at 256
         lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if sketched else 0.05
         args.lam = chosen["lam"] = lam if crops else 1.0
-    if not max(2, world) <= args.batch_size <= count:  # SIGReg compares images
-        limits = f"at least 2 and {world} ranks, at most the {count} images of the data"
+    if not max(2, world) <= args.batch_size <= images:  # SIGReg compares images
+        limits = f"at least 2 and {world} ranks, at most the {images} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
     return chosen
 
@@ -940,11 +917,9 @@ def bfloat16_is_faster():
 def main(argv=None):
     args = parse_args(argv)
     with ranks("train.py", args.device) as (device, rank, world):
-        data = open_data(args.data, args.data_root, "train", args.seed, args.image_size or 32)
+        data = open_data(args.data, args.data_root, "train", args.seed)
         sides = sorted(min(size) for size in sizes_of(data))
         chosen = fill_in(args, len(data), sides[len(sides) // 2], world)
-        if args.data == "shapes":  # at the size that was chosen
-            data = open_data("shapes", "", "train", args.seed, args.image_size)
         args.images = fingerprint(data)
         if rank == 0:
             about = f"shorter side {sides[0]} to {sides[-1]} px, median {sides[len(sides) // 2]}"
