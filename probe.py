@@ -114,6 +114,7 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     variance = variance.clamp_min(0) + 1e-3
     turn = axes / variance.sqrt()
     z = F.pad(z @ turn.float(), (0, 1), value=1.0)  # the last column is the bias's
+    # W = turn @ weight, so |W|^2 is the sum of weight^2 / variance over the axes
     shrink = F.pad(1 / variance, (0, 1)).float()[:, None, None]  # ... which does not decay
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
     weight = torch.zeros(z.shape[1], count, classes, device=device)

@@ -862,9 +862,8 @@ def one_way(args):
     return args.stop_grad or args.ema or args.targets == "full"
 
 
-def fill_in(args, images, side, world):
-    """What the command line left open, for so many images, whose shorter side is `side` pixels, or
-    whatever --image-size says. Returns what was chosen; exits where the batch cannot be."""
+def defaults(args, side):
+    """What options left open are to be, for images whose shorter side is `side` pixels."""
     shapes, crops = args.data == "shapes", args.recipe == "crops"
     side = args.image_size or side  # from here on: the size that is trained on
     kind = 0 if shapes else 1 if side <= 96 else 2
@@ -882,26 +881,31 @@ def fill_in(args, images, side, world):
         chosen |= {name: DEFAULTS[name][2] for name in names.split()}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
     chosen |= {"directions": "one"} if one_way(args) else {}
-    chosen |= {
+    sigreg_name, lam = args.sigreg or ("sketched" if crops else "legendre"), 0.05 if crops else 1.0
+    if sigreg_name == "sketched":  # it grows with the batch: the paper's 0.05 is at 256
+        lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if crops else None
+    return chosen | {
         "model": name,
         "image_size": size // patch * patch,
         "weight_decay": 5e-4 if "resne" in name else 0.05,
-        "sigreg": "sketched" if crops else "legendre",
+        "sigreg": sigreg_name,
+        "lam": lam,
         "local_size": max(round(0.43 * (args.image_size or size) / patch), 1) * patch,
         # shapes are cheaper to draw than to send between processes
         "workers": 0 if shapes and not crops else min(8, cores),
         "amp": args.device.startswith("cuda") or bfloat16_is_faster(),
     }
-    unused = UNUSED[args.recipe].split()
-    chosen = {n: v for n, v in chosen.items() if getattr(args, n) is None and n not in unused}
+
+
+def fill_in(args, images, side, world):
+    """Sets the options that were left open, and returns them; exits where a run cannot be."""
+    wanted = defaults(args, side)
+    open_ones = [name for name in wanted if getattr(args, name) is None]
+    chosen = {name: wanted[name] for name in open_ones if name not in UNUSED[args.recipe].split()}
     vars(args).update(chosen)
-    sketched = args.sigreg == "sketched"
-    if args.lam is None and sketched and not crops:
+    if args.lam is None:
         rule = "12.8 / (the vectors that SIGReg sees in a step); legendre and spectral take 1"
         sys.exit(f"train.py: --recipe masked --sigreg sketched needs a --lam, such as {rule}")
-    if args.lam is None:  # the sketched statistic grows with the batch: the paper's 0.05 is at 256
-        lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if sketched else 0.05
-        args.lam = chosen["lam"] = lam if crops else 1.0
     if not max(2, world) <= args.batch_size <= images:  # SIGReg compares images
         limits = f"at least 2 and {world} ranks, at most the {images} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
