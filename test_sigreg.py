@@ -857,6 +857,15 @@ def test_a_path_is_claimed_from_the_start(tmp_path, few_shapes):
     refuse(train.main, [*TINY, "--ckpt", path], "ckpt.jsonl is the log of a run")
 
 
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    args = filled(f"--ckpt {tmp_path}/ckpt.pt")
+    train.save(args, {}, 1)
+    monkeypatch.setattr(torch, "save", lambda state, path: Path(path).write_text("half") / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.save(args, {}, 2)
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 1
+
+
 def test_bad_checkpoints(tmp_path, trained):
     good, ran, buffer = trained[0].read_bytes(), tmp_path / "ran", io.BytesIO()
     reduce = {"__reduce__": lambda self: (os.mkdir, (str(ran),))}
