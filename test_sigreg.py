@@ -389,10 +389,13 @@ def test_gradient_over_ranks_is_that_of_one_process(shares, exact, tmp_path):
 # -------------------------------------------------------------------------------------------- masks
 @pytest.mark.parametrize("grid", [2, 3, 14])
 def test_masks_are_legal_on_any_grid(grid):
-    for seed, count in itertools.product(range(5), (1, 33)):
-        context, targets = masks.multi_block_masks(count, grid, generator=generator(seed))
-        again = masks.multi_block_masks(count, grid, generator=generator(seed))
-        assert torch.equal(context, again[0]) and torch.equal(targets, again[1])
+    for seed, count, scale in itertools.product(range(5), (1, 33), ((0.15, 0.2), (0.8, 0.95))):
+        pair, again = (
+            masks.multi_block_masks(count, grid, 4, scale, generator=generator(s))
+            for s in (seed, seed)
+        )
+        assert all(map(torch.equal, pair, again))
+        context, targets = pair
         assert context.dtype == targets.dtype == torch.int64
         assert context.shape[0] == targets.shape[0] == count and targets.shape[1] == 4
         assert context.shape[1] >= 1 and targets.shape[2] >= 1
