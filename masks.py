@@ -2,7 +2,7 @@
 
     context, targets = multi_block_masks(batch_size=256, grid=14)
 
-Masks are patch indices in raster order (row * grid + column), int64, rectangular within the batch:
+Masks are patch indices in raster order (row * grid + column), int64, of one length in a batch:
 
     context (B, Nc)     the patches that the encoder sees
     targets (B, K, Nt)  K blocks of patches to predict; the context holds none of them
@@ -77,9 +77,9 @@ def multi_block_masks(
     and one of the context, a square, are drawn per call, places per image; blocks may overlap.
     Returns context (B, Nc) and targets (B, K, Nt). ValueError names what is out of range.
 
-    Nc is the smallest context of the batch. An image below min_context, a share of the grid, draws
-    its places again, up to 8 times, then repeats its first target K times and takes free patches
-    outside its context block where it still must.
+    Nc is the smallest context of the batch. An image whose context is below min_context, a share of
+    the grid, draws new places, up to 8 times. If that does not help, its K targets become one, and
+    its context may leave its block.
     """
     _check(batch_size, grid, num_targets, target_scale, min_context)
     share = _uniform(*target_scale, generator)

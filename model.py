@@ -107,7 +107,7 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2) + position  # (B, P, D)
         if indices is not None:
             x = gather_tokens(x, indices).flatten(0, -3)  # (B, n, D) or (B * K, n, D)
-        cls = self.cls_token + self.pos_embed[:, :1]  # tracing makes a constant of len(x)
+        cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
         last = []
         for block in self.blocks:
@@ -195,7 +195,7 @@ def projector(dim, out_dim, hidden=2048):
     return nn.Sequential(*layers, nn.Linear(hidden, out_dim))
 
 
-# torchvision's families whose classifiers take any image size, (B, classes) out
+# torchvision's families whose classifiers take any image size of some 32 px, (B, classes) out
 BACKBONES = "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg"
 
 

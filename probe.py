@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import train
 from model import build_encoder, image_features
 from sigreg import effective_rank
-from train import count, real, whole
+from train import natural, positive, real
 
 RATES, DECAYS = (0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
@@ -47,9 +47,9 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
     """Features (N, D) float32 and labels (N,) int64 of all N images in order, on the CPU.
 
     encoder: images -> tokens (B, 1 + P, D) or features (B, D), in eval mode; images: train.Images;
-    pool: avg, the mean of the patch tokens, or cls, the CLS token;
-    layers: how many last blocks (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes its
-    share, of one size (the last images are the first again); rank 0 returns all, others their part.
+    pool: avg, the mean of the patch tokens, or cls, the CLS token; layers: how many last blocks
+    (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes its share, of one size (the last
+    images are the first again); rank 0 returns all, others their part.
     """
     if encoder.training:
         raise ValueError("probe.py: the encoder is in training mode; call .eval() first")
@@ -100,7 +100,7 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     by SGD (batch 1024, gradients averaged with 0.9 as momentum, cosine rate, 10 passes and at least
     400 steps) in principal axes scaled to variance 1 (+ 0.001, for axes that hold nothing). There
     the problem is well conditioned, and 10 passes do what takes hundreds on standardised features.
-    The penalty stays theirs, and its step is implicit, so any decay is stable. rows: which images
+    The penalty is on W, and its step is implicit, so any decay is stable. rows: which images
     to fit. Returns weight (D, H, C) and bias (H, C), which act on x as it is, on its device.
     """
     rows = torch.arange(len(x)) if rows is None else rows.cpu()
@@ -281,16 +281,18 @@ def parse_args(argv=None):
     add("ckpt", help="a checkpoint of train.py")
     add("--data", help="a data set as in train.py [the checkpoint's]")
     add("--data-root", help="where torchvision's data sets are [as in training]")
-    add("--image-size", type=count, help="pixels [as in training]")
+    add("--image-size", type=positive, help="pixels [as in training]")
     add("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
     add("--pool", choices=["avg", "cls"], default="avg", help="mean patch token, or CLS [avg]")
-    add("--layers", type=count, help="last blocks side by side (ViT) [1, and linear4: 4 of them]")
-    add("--seed", type=whole, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
+    add(
+        "--layers", type=positive, help="last blocks side by side (ViT) [1, and linear4: 4 of them]"
+    )
+    add("--seed", type=natural, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
     add("--finetune", action="store_true", help="in place of k-NN and linear probe: all weights")
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--epochs", type=count, default=20, help="passes over the training split [20]")
-    add("--steps", type=count, help="stop after so many steps, whatever --epochs says")
-    add("--batch-size", type=count, default=256, help="images a step over all ranks [256]")
+    add("--epochs", type=positive, default=20, help="passes over the training split [20]")
+    add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
+    add("--batch-size", type=positive, default=256, help="images a step over all ranks [256]")
     add("--lr", type=real, help="AdamW's, of the head [1e-3 for each 256 images of a batch]")
     add("--layer-decay", type=real, default=0.75, help="of the rate, a block below [0.75]")
     add("--weight-decay", type=real, default=0.05, help="AdamW's, not of biases and norms [0.05]")
@@ -298,10 +300,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 of the encoder [on GPUs]")
-    add("--workers", type=whole, help="processes that load images [as in training]")
+    add("--workers", type=natural, help="processes that load images [as in training]")
     options = parser.parse_args(argv)
     if options.finetune and (options.pool != "avg" or options.layers):
         sys.exit("probe.py: --pool, --layers are of k-NN and linear: leave them out")
+    if options.lr == 0 or options.layer_decay == 0 or options.smoothing >= 1:
+        sys.exit("probe.py: --lr and --layer-decay must be above 0, --smoothing below 1")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
     return options
 
@@ -346,7 +350,8 @@ def show(about, result, options):
     counts = f"{about['train']:,} training, {about['val']:,} validation images"
     precision = "bfloat16" if options.amp else "float32"
     print(f"{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end="")
-    print(f"{about['image_size']} px; {features}, {blocks}, {precision}")
+    features = f"{features}, {blocks}" if about["model"].startswith("vit") else "pooled features"
+    print(f"{about['image_size']} px; {features}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
         print(f"  {name:10}{result[name]:8.2f}   {result[f'{name}_how']}")
 
@@ -359,10 +364,8 @@ def main(argv=None):
         vars(options).update({n: args[n] for n in names if getattr(options, n) is None})
         encoder = load_encoder(options, checkpoint).to(device).eval().requires_grad_(False)
         step = 0 if options.untrained else checkpoint["step"]
-        sources, size = (
-            open_splits(options.data, options.data_root, args["seed"]),
-            options.image_size,
-        )
+        size = options.image_size
+        sources = open_splits(options.data, options.data_root, args["seed"])
         if options.finetune:
             result = finetune(encoder, *sources, size, options, device)
         else:

@@ -47,9 +47,12 @@ def spectral_sigreg_plain(z):
 def legendre_sigreg_plain(z):
     """KL of the batch's Gaussian fit from N(0, I), per dimension.
 
-    The Legendre-Fenchel bound on the log-partition function of the energy |z|^2 / 2, which source A
-    starts from, is at the batch's Gaussian fit -1/2 tr C + 1/2 log det C + D/2 log(2 pi e)
-    - 1/2 |mean|^2. A keeps the spectrum alone. As it stands it is largest at mean 0 and C = I, so:
+    Source A starts from a Legendre-Fenchel bound on the log-partition function of |z|^2 / 2, and
+    keeps the spectrum alone. At the batch's Gaussian fit the bound is, whole,
+
+        -(tr C + |mean|^2 - log det C) / 2 + D log(2 pi e) / 2
+
+    which is largest at mean 0 and C = I. So what is minimised here is
 
         C = cov(z) + RIDGE (I + diag cov(z))                    cov(z) divided by N
         value = (tr C + |mean|^2 - log det C - D) / (2 D) = KL(N(mean, C) || N(0, I)) / D

@@ -907,7 +907,10 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --min-context 0 | min_context above 0
 --sigreg sketched | --recipe masked --sigreg sketched needs a --lam
 --ema 0.9 --directions both | --ema.*--directions one
---ema 1 | --ema must be below 1
+--ema 1 | --ema below 1
+--lr 0 | --lr and --keep above 0
+--warmup-epochs inf | must be at least 0, and finite
+--recipe crops --augment none | --augment crop or color
 --data nowhere | nowhere is not a folder.*cifar10
 --image-size 30 | image size 30 is not a multiple of 8
 --image-size 8 | grid
@@ -1010,6 +1013,8 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(folder / "train" / "class1" / "one.gif")
     data = train.open_data(str(folder), "", "train")
     assert len(data) == 7 and "left out 3 files, such as " in capsys.readouterr().out
+    (folder / "train" / "class0" / "loop").symlink_to(folder / "train" / "class0")
+    assert len(train.open_data(str(folder), "", "train")) == 7
 
 
 def test_a_broken_image_ends_in_one_line_and_other_images_are_refused(tmp_path, monkeypatch):
@@ -1191,9 +1196,7 @@ FROZEN = "", "--untrained --image-size 48", "--pool cls --layers 2"
 
 
 @pytest.mark.parametrize("flags", [*FROZEN, "--finetune --steps 3 --batch-size 64"])
-def test_probes_print_and_leave_the_encoder_alone(
-    trained, tmp_path, capsys, monkeypatch, few_shapes, flags
-):
+def test_probes_print_and_leave_the_encoder_alone(trained, capsys, monkeypatch, few_shapes, flags):
     encoders, build = [], probe.build_encoder
     keep = lambda *arguments: encoders.append(build(*arguments)) or encoders[-1]
     monkeypatch.setattr(probe, "build_encoder", keep)
@@ -1282,7 +1285,7 @@ def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
 BAD_PROBES = """--layers 9 | vit_n8 has 4 blocks
 --image-size 36 | 36, 36.* px are not whole patches of 8 x 8
 --lr -1 | --lr: -1 must be at least 0
---epochs x | invalid count value
+--epochs x | invalid positive value
 --finetune --layers 2 | leave them out
 --device quantum | --device quantum"""
 

@@ -163,11 +163,11 @@ def draw_masks(args, grid, count, generator=None):
 def draw(args, images, device_crops, rows, encoder, seed):
     """Views and masks of a step: a function of its seed and of the images.
 
-    images: this rank's B, a list of uint8 tensors on the device. Either they are cropped: G global
-    crops (B, G, 3, S, S), then L local ones (B, L, 3, s, s) if any; or they are whole, (B, 3, H,
-    W), and device_crops lists what is cropped here: (count, size, least and most share of the
-    image) of each kind. rows (B,): their places in the global batch. Every rank samples for the
-    whole batch and takes its rows, so that any number of ranks sees the same.
+    images: this rank's B, uint8 tensors on the device. Cropped by the loader they are a list of G
+    global crops (B, G, 3, S, S) and, if any, L local ones (B, L, 3, s, s); device_crops is ().
+    Whole they are [(B, 3, H, W)], and device_crops lists what is cropped here, each kind as (count,
+    size, least share, most share of the image). rows (B,): their places in the global batch. Every
+    rank samples for the whole batch and takes its rows: any number of ranks sees the same.
     Returns views, G + L of (B, 3, size, size), normalised, of the masked recipe two, for context
     and targets; and masks, (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
@@ -232,7 +232,7 @@ def on_any_rank(happened, world):
 
 
 def check_health(loss, net, step, ckpt):
-    """Ends the run if the loss or a weight is not finite. A bad step of before shows in weights."""
+    """Ends the run if the loss or a weight is not finite. An earlier bad step shows in weights."""
     if not loss.isfinite() or not all(p.isfinite().all() for p in net.parameters()):
         again = f"begin again with a lower --lr and another --ckpt; {ckpt} has the last good step"
         sys.exit(f"train.py: loss or weight non-finite by step {step}: {again}")
@@ -525,12 +525,18 @@ def open_data(data, root, split, seed=0):
 
 
 def open_folder(folder):
-    """torchvision's ImageFolder; rank 0 says how many other files it leaves out."""
+    """torchvision's ImageFolder; rank 0 says how many other files it leaves out.
+
+    A folder that links reach on several ways counts once in a class.
+    """
     endings, others = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif"), []
+    real, ways = cache(os.path.realpath), {}
 
     def is_image(path):
-        hidden = "/." in path[len(str(folder)) :]
-        return path.lower().endswith(endings) and not hidden or others.append(path)
+        here, inside = os.path.dirname(path), path[len(str(folder)) :].lower()
+        once = ways.setdefault((real(here), inside.split(os.sep)[1]), here) == here
+        is_one = once and inside.endswith(endings) and "/." not in inside
+        return is_one or others.append(path)
 
     data = datasets.ImageFolder(folder, np.array, loader=read_image, is_valid_file=is_image)
     if others and os.environ.get("RANK", "0") == "0":
@@ -739,7 +745,7 @@ UNUSED = {  # options that a recipe does not take
 
 
 # fmt: off
-DEFAULTS = {  # of the masked recipe, by the kind of data; more in fill_in
+DEFAULTS = {  # of the masked recipe, by the kind of data; more in defaults
     #                shapes       up to 96 px  larger
     "augment":      ("none",      "color",     "none"),
     "masks_per":    ("image",     "batch",     "batch"),
@@ -760,19 +766,19 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"{self.prog}: {message}")
 
 
-def whole(text, low=0, kind=int):
+def natural(text, low=0, kind=int):
     """Type of an option: a number of that kind from low on."""
-    if not kind(text) >= low:  # nan is not
-        raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+    if not low <= kind(text) < math.inf:  # nan is not
+        raise argparse.ArgumentTypeError(f"{text} must be at least {low}, and finite")
     return kind(text)
 
 
-def count(text):
-    return whole(text, low=1)
+def positive(text):
+    return natural(text, low=1)
 
 
 def real(text):
-    return whole(text, kind=float)
+    return natural(text, kind=float)
 
 
 def add_method(parser):
@@ -780,21 +786,25 @@ def add_method(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10 ..., or a folder of train/ and val/")
     add("--data-root", default="data", help="where torchvision's data sets are downloaded to")
-    add("--image-size", type=count, help="pixels [32; the images' own; 224]")
+    add("--image-size", type=positive, help="pixels [32; the images' own; 224]")
     add("--augment", choices=["none", "crop", "color"], help="[none; color; none; crops color]")
-    add("--global-views", type=count, default=2, help="crops: views of 0.3 to 1 of the image [2]")
-    add("--local-views", type=whole, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
-    add("--local-size", type=count, help="crops: pixels of local views [0.43 of the image size]")
+    add(
+        "--global-views", type=positive, default=2, help="crops: views of 0.3 to 1 of the image [2]"
+    )
+    add("--local-views", type=natural, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
+    add("--local-size", type=positive, help="crops: pixels of local views [0.43 of the image size]")
     add("--keep", type=real, default=1.0, help="crops: share of patches that a ViT encodes [1]")
-    add("--workers", type=whole, help="processes that load images; speed only [cores, at most 8]")
+    add("--workers", type=natural, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
     add("--model", help="or resnet18 ... [vit_n8; vit_n4 up to 48 px, vit_n8; vit_s16]")
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
-    add("--predictor-size", type=count, default=4, help="mlp: width / encoder's; else blocks [4]")
-    add("--proj-dim", type=count, default=64, help="crops: width of the projection [64]")
+    add(
+        "--predictor-size", type=positive, default=4, help="mlp: width / encoder's; else blocks [4]"
+    )
+    add("--proj-dim", type=positive, default=64, help="crops: width of the projection [64]")
     add("--masks-per", choices=["batch", "image"], help="a mask for each [image; batch; batch]")
-    add("--num-targets", type=count, default=2, help="target blocks of an image [2]")
+    add("--num-targets", type=positive, default=2, help="target blocks of an image [2]")
     add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
     add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
@@ -803,36 +813,40 @@ def add_method(parser):
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
     add("--sigreg-on", choices=["tokens", "pooled"], help="sample [pooled; tokens; tokens]")
-    add("--lam", type=real, help="SIGReg's weight [1; crops 0.05, sketched 12.8 / batch to 0.5]")
+    add("--lam", type=real, help="SIGReg's weight [1; crops 0.05, sketched 12.8 / batch, <= 0.5]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: image [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
-    add("--slices", type=count, default=1024, help="random directions of sketched SIGReg [1024]")
+    add("--slices", type=positive, default=1024, help="random directions of sketched SIGReg [1024]")
 
 
 def add_run(parser):
     """The options of the optimizer and of the run."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=count, default=256, help="images a step, over all ranks [256]")
-    add("--micro-batch", type=count, help="images a rank has in memory at once; exact all the same")
-    add("--epochs", type=count, help="passes over the data [5; 100; 300]")
-    add("--steps", type=count, help="stop after so many steps, whatever --epochs says")
+    add("--batch-size", type=positive, default=256, help="images a step, over all ranks [256]")
+    add(
+        "--micro-batch",
+        type=positive,
+        help="images a rank has in memory at once; exact all the same",
+    )
+    add("--epochs", type=positive, help="passes over the data [5; 100; 300]")
+    add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
     add("--lr", type=real, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
     add("--warmup-epochs", type=real, default=0.0, help="epochs in which the rate rises [0]")
     add("--weight-decay", type=real, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
-    add("--seed", type=whole, default=0, help="of all that is random [0]")
+    add("--seed", type=natural, default=0, help="of all that is random [0]")
     add = parser.add_argument_group("run").add_argument
     add("--ckpt", default="ckpt.pt", help="written to, and continued from if it is there [ckpt.pt]")
-    add("--save-every", type=count, default=500, help="steps between checkpoints [500]")
-    add("--log-every", type=count, default=50, help="steps between lines of the log [50]")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints [500]")
+    add("--log-every", type=positive, default=50, help="steps between lines of the log [50]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 [where it is faster]")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
 
 
 def parse_args(argv=None):
-    about = "[Defaults]; three of them, with ;, are for shapes, images up to 96 px, larger ones."
+    about = "[Defaults]; [a; b; c] is for shapes; images up to 96 px; larger ones."
     parser = Parser(prog="train.py", description=about)
     add_method(parser)
     add_run(parser)
@@ -849,8 +863,11 @@ def check(args):
     """Exits in one line where options are out of range or do not go together."""
     if not args.ckpt.endswith(".pt"):
         sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
-    if args.ema >= 1 or not 0 < args.keep <= 1:
-        sys.exit("train.py: --ema must be below 1, --keep above 0 and at most 1")
+    if args.lr == 0 or args.ema >= 1 or not 0 < args.keep <= 1 or args.seed >= 2**31:
+        ranges = "--lr and --keep above 0, --keep at most 1, --ema below 1, --seed below 2^31"
+        sys.exit(f"train.py: these must be {ranges}")
+    if args.recipe == "crops" and args.augment == "none":
+        sys.exit("train.py: --recipe crops has crops: --augment crop or color")
     if one_way(args) and args.directions == "both":
         sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
     if args.recipe == "crops" and (args.lam or 0) > 1:
@@ -858,7 +875,7 @@ def check(args):
 
 
 def one_way(args):
-    """Whether targets have no gradient, or were encoded with all of the image in sight."""
+    """Whether targets have no gradient, or come from the whole image."""
     return args.stop_grad or args.ema or args.targets == "full"
 
 
@@ -870,8 +887,10 @@ def defaults(args, side):
     small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
     name = args.model or ("vit_s16" if kind == 2 else small)
     vit = re.fullmatch(r"vit_([a-z])(\d+)", name)
-    patch = max(int(vit[2]), 1) if vit else 1
-    size = 224 if kind == 2 or side < 4 * patch else side  # few patches leave nothing to mask
+    # what divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others
+    patch = max(int(vit[2]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
+    enlarge = kind == 2 or vit and side < 4 * patch  # few patches leave nothing to mask
+    size = 224 // patch * patch if enlarge else max(side // patch, 2) * patch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen = {name: choices[kind] for name, choices in DEFAULTS.items()}
@@ -886,7 +905,7 @@ def defaults(args, side):
         lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if crops else None
     return chosen | {
         "model": name,
-        "image_size": size // patch * patch,
+        "image_size": size,
         "weight_decay": 5e-4 if "resne" in name else 0.05,
         "sigreg": sigreg_name,
         "lam": lam,

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train
 
-_, checkpoint, path = sys.argv
-saved = train.load_checkpoint(checkpoint)
-args = saved["args"]
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+saved, path = train.load_checkpoint(sys.argv[1]), sys.argv[2]
+args = saved["args"]  # of a ViT: other networks have no patch tokens
 encoder = model.vit(args["model"], args["image_size"]).eval()
 encoder.load_state_dict(saved["encoder"])
 
