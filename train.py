@@ -63,15 +63,15 @@ def train(args, data, device, rank, world):
     if done >= total:
         return done, total
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
-    batches, device_crops = load(args, data, done, total, rows, device)
+    batches, device_crops = load(args, data, done, total, rows, device)  # crops left to draw
     log = Log(args, parts, done, total) if rank == 0 else None
     net = parallel(net, args, device)
     update_teacher = get_ema_multi_avg_fn(args.ema)
     caught = catch_signals()
     for step, images in enumerate(batches, done + 1):
-        seed = args.seed * 100_003 + step
+        seed = args.seed * 100_003 + step  # other seeds have others for 100,003 steps
         views, masks = draw(args, images, device_crops, rows, encoder, seed)
-        torch.manual_seed(seed * world + rank)  # for --keep, and dropout in backbones
+        torch.manual_seed(seed * world + rank)  # each rank its own: --keep, dropout in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             embeddings = net(views, *masks)
         regularizer = sigreg.SIGReg(args.sigreg, args.slices, seed)
