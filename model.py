@@ -13,7 +13,6 @@ ours loads there with strict=True (timm.create_model("vit_base_patch16_224", num
 This file needs torch alone; backbones that are no ViTs are torchvision's.
 """
 
-import math
 import re
 
 import torch
@@ -304,18 +303,15 @@ class MultiView(nn.Module):
 
     forward takes views: V of (B, 3, size, size), of one size for the num_global first and of one
     for the others. It returns features (B, V, width of the encoder), which are probed, and z
-    (V, B, D), which sigreg.multi_view_loss sees. The projector sees all images at once. With keep
-    below 1 a ViT sees that share of each view's patches, drawn anew for each, in training.
+    (V, B, D), which sigreg.multi_view_loss sees. The projector sees all images at once.
     """
 
-    def __init__(self, encoder, projector, num_global, keep=1.0, at_once=None):
+    def __init__(self, encoder, projector, num_global, at_once=None):
         super().__init__()
-        if keep < 1 and not hasattr(encoder, "patch_size"):
-            raise ValueError(f"model.py: keep {keep} (--keep) is of a ViT's patches; leave it out")
         if at_once and any("BatchNorm" in type(m).__name__ for m in encoder.modules()):
             raise ValueError("model.py: batch norm is of whole batches: no at_once (--micro-batch)")
         self.encoder, self.projector = encoder, projector
-        self.num_global, self.keep, self.at_once = num_global, keep, at_once
+        self.num_global, self.at_once = num_global, at_once
 
     def forward(self, views):
         (features,) = in_pieces(self.embed, self.at_once, *views)
@@ -324,12 +320,5 @@ class MultiView(nn.Module):
 
     def embed(self, *views):
         sizes = [same for same in (views[: self.num_global], views[self.num_global :]) if same]
-        y = torch.cat([image_features(self.encode(torch.cat(same))) for same in sizes])
+        y = torch.cat([image_features(self.encoder(torch.cat(same))) for same in sizes])
         return (y.unflatten(0, (len(views), -1)).transpose(0, 1),)
-
-    def encode(self, images):
-        if self.keep == 1 or not self.training:
-            return self.encoder(images)
-        patches = math.prod(images.shape[2:]) // self.encoder.patch_size**2
-        order = torch.rand(len(images), patches, device=images.device).argsort(1)
-        return self.encoder(images, order[:, : max(round(self.keep * patches), 1)])

@@ -591,21 +591,9 @@ def test_multi_view_keeps_the_views_apart():
     views += [gaussian(5, 3 * 4 * 4, i).view(5, 3, 4, 4) for i in range(2, 6)]
     wanted = torch.stack([view.mean((2, 3)) for view in views])
     for at_once in (None, 2):
-        y, z = model.MultiView(Pixels(), torch.nn.Identity(), 2, 1.0, at_once)(views)
+        y, z = model.MultiView(Pixels(), torch.nn.Identity(), 2, at_once)(views)
         torch.testing.assert_close(y.transpose(0, 1), wanted)
         torch.testing.assert_close(z, wanted)
-
-
-def test_multi_view_keeps_a_share_of_each_views_patches_in_training(monkeypatch):
-    encoder, views, seen = small_vit(), [torch.rand(5, 3, 32, 32), torch.rand(5, 3, 16, 16)], []
-    net, whole = (model.MultiView(encoder, torch.nn.Identity(), 1, keep) for keep in (0.5, 1.0))
-    gather = model.gather_tokens
-    monkeypatch.setattr(model, "gather_tokens", lambda x, at: seen.append(at) or gather(x, at))
-    net(views), whole(views)
-    assert [at.shape for at in seen] == [(5, 8), (5, 2)]
-    assert len(seen[0].sort().values.unique(dim=0)) > 1  # not one share for all
-    assert (seen[0].sort().values.diff() > 0).all() and seen[0].max() < 16
-    torch.testing.assert_close(net.eval()(views), whole(views))
 
 
 def test_backbones_lose_their_classifier():
@@ -661,7 +649,7 @@ MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none
 --pred relative|--directions both|--targets full|--predictor transformer|--seed 1
 --masks-per batch|--num-targets 3|--min-context 0.6|--target-scale 0.2 0.2|--augment color
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
---recipe crops --proj-dim 8|--recipe crops --keep 0.5|--recipe crops --augment color
+--recipe crops --proj-dim 8|--recipe crops --augment color
 --sigreg-on tokens --masks-per batch
 --predictor-size 2|--predictor transformer --predictor-size 2"""
 
@@ -899,8 +887,6 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --model resnet18 | resnet18 has none.*--recipe crops
 --recipe crops --model googlenet | googlenet cannot be a backbone.*swin
 --recipe crops --model resnet18 --micro-batch 4 | batch norm.*--micro-batch
---recipe crops --keep 0 | --keep above 0
---recipe crops --model resnet18 --keep 0.5 | --keep.* leave it out
 --recipe crops --lam 2 | --lam 2.0 of --recipe crops must be at most 1
 --recipe crops --stop-grad | crops does not take --stop-grad
 --recipe crops --local-size 20 | --local-size 20 .*patch of vit_n8
@@ -908,7 +894,7 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --sigreg sketched | --recipe masked --sigreg sketched needs a --lam
 --ema 0.9 --directions both | --ema.*--directions one
 --ema 1 | --ema below 1
---lr 0 | --lr and --keep above 0
+--lr 0 | --lr must be above 0
 --warmup-epochs inf | must be at least 0, and finite
 --recipe crops --augment none | --augment crop or color
 --data nowhere | nowhere is not a folder.*cifar10

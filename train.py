@@ -14,7 +14,7 @@ data, command line. (--ema and --stop-grad are there for comparison.)
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
 or the image's number: a resumed run repeats the uninterrupted one, and the number of ranks changes
-rounding only. Exceptions are each rank's: batch norm on CPUs, dropout, stochastic depth, --keep.
+rounding only. Exceptions are each rank's: batch norm on CPUs, dropout, stochastic depth.
 
 B is the number of images of this rank; sigreg.py lists the other symbols.
 """
@@ -71,7 +71,7 @@ def train(args, data, device, rank, world):
     for step, images in enumerate(batches, done + 1):
         seed = args.seed * 100_003 + step  # other seeds have others for 100,003 steps
         views, masks = draw(args, images, device_crops, rows, encoder, seed)
-        torch.manual_seed(seed * world + rank)  # each rank its own: --keep, dropout in backbones
+        torch.manual_seed(seed * world + rank)  # each rank its own, for dropout in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             embeddings = net(views, *masks)
         regularizer = sigreg.SIGReg(args.sigreg, args.slices, seed)
@@ -110,7 +110,7 @@ def build(args, device):
             wanted = f"a multiple of the patch of {args.model}"
             raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
         predictor = model.projector(encoder.dim, args.proj_dim)
-        net = model.MultiView(encoder, predictor, args.global_views, args.keep, args.micro_batch)
+        net = model.MultiView(encoder, predictor, args.global_views, args.micro_batch)
     elif not hasattr(encoder, "grid"):
         has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
         raise ValueError(f"train.py: patch tokens: {has_none} or --recipe crops")
@@ -738,7 +738,7 @@ def leave_signals(worker):
 
 # ------------------------------------------------------------------------------------ command line
 UNUSED = {  # options that a recipe does not take
-    "masked": "global_views local_views local_size keep proj_dim",
+    "masked": "global_views local_views local_size proj_dim",
     "crops": "predictor predictor_size masks_per num_targets target_scale min_context pred "
     "directions sigreg_on targets stop_grad ema",
 }
@@ -793,7 +793,6 @@ def add_method(parser):
     )
     add("--local-views", type=natural, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
     add("--local-size", type=positive, help="crops: pixels of local views [0.43 of the image size]")
-    add("--keep", type=real, default=1.0, help="crops: share of patches that a ViT encodes [1]")
     add("--workers", type=natural, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
@@ -863,9 +862,8 @@ def check(args):
     """Exits in one line where options are out of range or do not go together."""
     if not args.ckpt.endswith(".pt"):
         sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
-    if args.lr == 0 or args.ema >= 1 or not 0 < args.keep <= 1 or args.seed >= 2**31:
-        ranges = "--lr and --keep above 0, --keep at most 1, --ema below 1, --seed below 2^31"
-        sys.exit(f"train.py: these must be {ranges}")
+    if args.lr == 0 or args.ema >= 1 or args.seed >= 2**31:
+        sys.exit("train.py: --lr must be above 0, --ema below 1, --seed below 2^31")
     if args.recipe == "crops" and args.augment == "none":
         sys.exit("train.py: --recipe crops has crops: --augment crop or color")
     if one_way(args) and args.directions == "both":
