@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 PROBES = {"knn": "k-NN", "last": "linear, last block", "last4": "linear, last four blocks"}
 COLOURS = {
     "masked": "#d6453d",
+    "masked, rate to 0": "#8c1c17",
     "masked narrow": "#eba6a2",
     "crops": "#2f6fd0",
     "I-JEPA": "#2e9e5b",
