@@ -23,6 +23,7 @@ CONTEXT_SCALE = (0.85, 1.0)  # share of the grid that the context block takes, l
 
 
 def _check(batch_size, grid, num_targets, target_scale, min_context):
+    """ValueError that names the first argument out of range."""
     low, high = target_scale
     rules = {
         "batch_size at least 1": batch_size >= 1,

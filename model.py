@@ -5,7 +5,7 @@
     encoder(images, context)       # (B, 1 + Nc, D): these patches alone, context (B, Nc)
     encoder(images, targets)       # (B, K, 1 + Nt, D): each block on its own, targets (B, K, Nt)
 
-    Masked(encoder, MLPPredictor(768, 14 * 14), both_directions=True)     # source A: see there
+    Masked(encoder, MLPPredictor(768, 14 * 14), both_directions=True)     # A, changed: see there
     MultiView(encoder, projector(768, 64), num_global=2)(views)           # source B's
 
 The parameter names, shapes and numerics of the encoder are those of timm's ViT, so a state dict of

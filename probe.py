@@ -284,11 +284,13 @@ def parse_args(argv=None):
     add("--image-size", type=positive, help="pixels [as in training]")
     add("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
     add("--pool", choices=["avg", "cls"], default="avg", help="mean patch token, or CLS [avg]")
-    add(
-        "--layers", type=positive, help="last blocks side by side (ViT) [1, and linear4: 4 of them]"
-    )
+    add("--layers", type=positive, help="a ViT's last blocks side by side [1, and linear4: 4]")
     add("--seed", type=natural, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
-    add("--finetune", action="store_true", help="in place of k-NN and linear probe: all weights")
+    add(
+        "--finetune",
+        action="store_true",
+        help="instead: all weights; with --untrained, from scratch",
+    )
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--epochs", type=positive, default=20, help="passes over the training split [20]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")

@@ -69,7 +69,7 @@ def train(args, data, device, rank, world):
     update_teacher = get_ema_multi_avg_fn(args.ema)
     caught = catch_signals()
     for step, images in enumerate(batches, done + 1):
-        seed = args.seed * 100_003 + step  # other seeds have others for 100,003 steps
+        seed = args.seed * 100_003 + step  # so no two --seeds share one for 100,003 steps
         views, masks = draw(args, images, device_crops, rows, encoder, seed)
         torch.manual_seed(seed * world + rank)  # each rank its own, for dropout in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
