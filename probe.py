@@ -286,11 +286,7 @@ def parse_args(argv=None):
     add("--pool", choices=["avg", "cls"], default="avg", help="mean patch token, or CLS [avg]")
     add("--layers", type=positive, help="a ViT's last blocks side by side [1, and linear4: 4]")
     add("--seed", type=natural, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
-    add(
-        "--finetune",
-        action="store_true",
-        help="instead: all weights; with --untrained, from scratch",
-    )
+    add("--finetune", action="store_true", help="all weights; with --untrained, from scratch")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--epochs", type=positive, default=20, help="passes over the training split [20]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
