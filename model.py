@@ -232,13 +232,14 @@ def in_pieces(function, at_once, *tensors):
     """function(*tensors) with at_once images of the batch in memory at a time, or all for None.
 
     SIGReg is a statistic of the whole batch, so gradients added up over parts of it are those of
-    another loss. Here each piece is computed without its graph, and again when the loss of all of
-    them is back-propagated: the gradient is that of the whole batch.
+    another loss. Here each piece but the last is computed without its graph, and again when the
+    loss of all of them is back-propagated: the gradient is that of the whole batch.
     """
     if at_once is None or at_once >= len(tensors[0]):
         return function(*tensors)
-    pieces = zip(*(x.split(at_once) for x in tensors), strict=True)
+    *pieces, last = zip(*(x.split(at_once) for x in tensors), strict=True)
     parts = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
+    parts.append(function(*last))  # the backward pass starts here, so its graph can stay
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
