@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import types
 from pathlib import Path
 
@@ -261,106 +260,81 @@ def test_non_finite_input_gives_nan_not_an_exception():
         assert loss(z).isnan()
 
 
-def public_functions():
-    """Functions of z (64, 96) to a scalar that use all of sigreg.py, masks of their own as well."""
-    a, regularizer = sigreg.random_directions(96, 40, seed=0), sigreg.SIGReg("sketched", 40)
-    regularizer.directions = a
-    at = torch.randint(9, (8, 8), generator=generator())
-    settings = {"masks": (at[:, 1:], at.view(8, 2, 4)[:, :, 1:], 9), "lam": 1.0}
-
-    def masked(z, relative, on):
-        target, pred = z.cos().view(8, 2, 4, 96), z.sin().view(8, 2, 4, 96)[:, :, 1:]
-        kind = {"regularizer": sigreg.legendre_sigreg, "relative": relative, "on": on}
-        return sigreg.masked_loss(z.view(8, 8, 96), target, pred, **settings, **kind)[0]
-
-    return {
-        "spectral": sigreg.spectral_sigreg,
-        "legendre": sigreg.legendre_sigreg,
-        "sketched": lambda z: sigreg.sketched_sigreg(z, a),
-        "spectral_plain": sigreg.spectral_sigreg_plain,
-        "legendre_plain": sigreg.legendre_sigreg_plain,
-        "sketched_plain": lambda z: sigreg.sketched_sigreg_plain(z, a),
-        "embedding_std": sigreg.embedding_std,
-        "masked": lambda z: masked(z, True, "tokens"),
-        "masked_pooled": lambda z: masked(z, False, "pooled"),
-        "multi_view": lambda z: sigreg.multi_view_loss(z.view(4, 16, 96), 2, 0.1, regularizer)[0],
-    }
+DIRECTIONS = sigreg.random_directions(12, 16, seed=0)
 
 
-@pytest.mark.parametrize("name", public_functions())
-def test_autocast_changes_neither_value_nor_gradient(name):
-    function, z = public_functions()[name], gaussian(64, 96, dtype=torch.float32)
-    z[:, 0] *= 50  # one dominant direction
-    value, grad = gradient(function, z)
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
-            again, slope = gradient(function, z)  # backward inside, too
-        assert torch.equal(value, again) and torch.equal(grad, slope)
-
-
-@pytest.mark.parametrize("name", ["spectral", "legendre", "sketched", "masked", "multi_view"])
-def test_losses_compile_to_one_graph(name):
-    function, z = public_functions()[name], gaussian(64, 96, dtype=torch.float32)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    (value, grad), (wanted, wanted_grad) = gradient(compiled, z), gradient(function, z)
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert off(grad, wanted_grad) <= 1e-4  # fewer rows than dimensions: ill-conditioned
-
-
-# -------------------------------------------------------------------------------------------- ranks
-def rank_tokens(z):
-    """z_context, z_target, z_pred, z_back of rows z (N, 12), as functions of z."""
+def masked(z, own_masks, relative=True, on="tokens"):
+    """masked_loss of rows z (N, 12), each an image of four tokens, masked by what the row is."""
+    order = z.detach()[:, :5].argsort(1)
+    places = (order[:, :3], order[:, None, 3:], 5) if own_masks else None
     z = z.view(-1, 4, 3)
-    return z, z.cos()[:, None, :3], z.sin()[:, None, :2], z.exp()[:, None, :3]
+    embeddings = z, z.cos()[:, None, :3], z.sin()[:, None, :2], z.exp()[:, None, :3]
+    settings = {"lam": 0.7, "regularizer": sigreg.legendre_sigreg, "relative": relative, "on": on}
+    return sigreg.masked_loss(*embeddings, masks=places, **settings)[0]
 
 
-def own_places(z):
-    """A mask of each row's own, drawn from what the row is: the same on any number of ranks."""
-    order = z.detach().view(-1, 12)[:, :5].argsort(1)
-    return order[:, :3], order[:, None, 3:5], 5
+def crops(z):
+    return sigreg.multi_view_loss(torch.stack([z, z.sin()]), 1, 0.05, sigreg.legendre_sigreg)[0]
 
 
-def rank_masked(z, places=None):
-    settings = {"lam": 0.7, "regularizer": sigreg.legendre_sigreg, "relative": True, "on": "tokens"}
-    return sigreg.masked_loss(*rank_tokens(z), masks=places, **settings)[0]
-
-
-LOSSES = {
+LOSSES = {  # z (N, 12) -> scalar; over ranks, in autocast, compiled
     "spectral": sigreg.spectral_sigreg,
     "legendre": sigreg.legendre_sigreg,
-    "sketched": sketched,
-    "masked": rank_masked,
-    "masks of their own": lambda z: rank_masked(z, own_places(z)),
-    "crops": lambda z: sigreg.multi_view_loss(
-        torch.stack([z, z.sin(), z.cos()]), 2, 0.05, sketched
-    )[0],
-    "relative": lambda z: sigreg.prediction_loss(z.sin(), sigreg.centre(z), relative=True),
+    "sketched": lambda z: sigreg.sketched_sigreg(z, DIRECTIONS),
+    "masked": lambda z: masked(z, own_masks=False),
+    "masks of their own": lambda z: masked(z, own_masks=True),
+    "pooled": lambda z: masked(z, own_masks=False, relative=False, on="pooled"),
+    "crops": crops,
+    "std": sigreg.embedding_std,
+}
+PLAIN = {
+    "spectral, plain": sigreg.spectral_sigreg_plain,
+    "legendre, plain": sigreg.legendre_sigreg_plain,
+    "sketched, plain": lambda z: sigreg.sketched_sigreg_plain(z, DIRECTIONS),
 }
 
 
+@pytest.mark.parametrize("loss", [pytest.param(f, id=name) for name, f in (LOSSES | PLAIN).items()])
+def test_autocast_changes_neither_value_nor_gradient(loss):
+    z = gaussian(64, 12, dtype=torch.float32)
+    value, grad = gradient(loss, z)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            again, slope = gradient(loss, z)  # backward inside, too
+        assert torch.equal(value, again) and torch.equal(grad, slope)
+
+
+@pytest.mark.parametrize("loss", [pytest.param(f, id=name) for name, f in LOSSES.items()])
+def test_losses_compile_to_one_graph(loss):
+    z = gaussian(64, 12, dtype=torch.float32)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (value, grad), (wanted, wanted_grad) = gradient(compiled, z), gradient(loss, z)
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert off(grad, wanted_grad) <= 1e-5
+
+
+# -------------------------------------------------------------------------------------------- ranks
 def network():
     torch.manual_seed(0)
     layers = torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12)
     return torch.nn.Sequential(*layers).double()
 
 
-def join(rank, world, folder):
+def rank_main(rank, shares, folder):
+    """One gloo rank: the gradient of each loss after DDP on its share of the 64 rows, and the trap:
+    the same with statistics of its share alone."""
     rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-
-
-def rank_main(rank, shares, folder, exact):
-    """One gloo rank: the gradient of each loss after DDP on its share of the 64 rows."""
-    join(rank, len(shares), folder)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=len(shares))
     x = gaussian(64, 10, seed=5)[sum(shares[:rank]) : sum(shares[: rank + 1])]
-    if not exact:  # the trap: statistics of this rank's share alone
-        sigreg.sum_over_ranks = lambda *tensors: tensors
-    result = {}
-    for name, loss in LOSSES.items():
-        net = DistributedDataParallel(network())
-        value = loss(net(x))
-        value.backward()
-        result[name] = value.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
+    result, honest = {}, sigreg.sum_over_ranks
+    for trap, sums in enumerate((honest, lambda *tensors: tensors)):
+        sigreg.sum_over_ranks = sums
+        for name, loss in LOSSES.items():
+            net = DistributedDataParallel(network())
+            value = loss(net(x))
+            value.backward()
+            slope = torch.cat([p.grad.flatten() for p in net.parameters()])
+            result[name, trap] = value.detach(), slope
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
     del net, value
@@ -368,22 +342,19 @@ def rank_main(rank, shares, folder, exact):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "shares, exact", [((40, 24), True), ((20, 30, 14), True), ((40, 24), False)]
-)
-def test_gradient_over_ranks_is_that_of_one_process(shares, exact, tmp_path):
-    mp.spawn(rank_main, (shares, str(tmp_path), exact), nprocs=len(shares))
+@pytest.mark.parametrize("shares", [(40, 24), (20, 30, 14)])
+def test_gradient_over_ranks_is_that_of_one_process(shares, tmp_path):
+    mp.spawn(rank_main, (shares, str(tmp_path)), nprocs=len(shares))
     result = torch.load(tmp_path / "result.pt")
     for name, loss in LOSSES.items():
         net = network()
         value = loss(net(gaussian(64, 10, seed=5)))
         value.backward()
-        error = off(result[name][1], torch.cat([p.grad.flatten() for p in net.parameters()]))
-        if exact:
-            assert result[name][0].item() == pytest.approx(value.item(), rel=1e-9)
-            assert error <= 1e-9, f"{name}: gradient off by {error:.1e}"
-        else:  # the test sees what it is there to see
-            assert error > 1e-2, f"{name}: per-rank statistics pass unnoticed"
+        wanted = torch.cat([p.grad.flatten() for p in net.parameters()])
+        assert result[name, 0][0].item() == pytest.approx(value.item(), rel=1e-9)
+        error, trap = (off(result[name, i][1], wanted) for i in (0, 1))
+        assert error <= 1e-9, f"{name}: gradient off by {error:.1e}"
+        assert trap > 1e-2, f"{name}: statistics of each rank alone pass unnoticed"
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -470,16 +441,11 @@ def test_encoder_sees_only_the_given_patches():
         encoder(images, targets[:1])
 
 
-def test_models_are_named_and_refuse_broken_patches():
+def test_models_have_their_size_and_refuse_broken_patches():
     sizes = ("vit_b16", 85_798_656), ("vit_l16", 303_301_632), ("vit_h14", 630_764_800)
     with torch.device("meta"):
         for name, parameters in sizes:
             assert sum(p.numel() for p in model.vit(name).parameters()) == parameters
-    for name in ("resnet50", "vit_x16", "vit_b", "vit_b0", "vit_b16x"):
-        with pytest.raises(ValueError, match="vit_b16"):
-            model.vit(name)
-    with pytest.raises(ValueError, match="image size 30 is not a multiple of 8"):
-        model.vit("vit_n8", 30)
     with pytest.raises(ValueError, match=r"^model\.py: images of \(32, 36\) px .* 8 x 8"):
         small_vit()(torch.zeros(1, 3, 32, 36))
 
@@ -725,10 +691,6 @@ def test_log_and_checkpoint(trained):
 
 
 def test_learning_rate_is_a_function_of_the_step(tmp_path, few_shapes):
-    rates = [train.learning_rate(step, 100, 0.1, 10, "cosine") for step in range(1, 101)]
-    assert rates[:10] == pytest.approx([0.01 * i for i in range(1, 11)])
-    assert rates[-1] == pytest.approx(0, abs=1e-12) and rates[54] == pytest.approx(0.05)
-    assert sorted(rates[9:], reverse=True) == rates[9:]
     assert {train.learning_rate(step, 100, 0.1) for step in (1, 50, 100)} == {0.1}
     flags = "--schedule cosine --warmup-epochs 1 --batch-size 300 --steps 4 --log-every 1"
     run_train(tmp_path / "ckpt.pt", flags)  # two steps an epoch
@@ -777,23 +739,32 @@ def test_longer_runs_continue_and_others_are_refused(trained, tmp_path, capsys, 
     assert same_weights(longer, run_train(tmp_path / "straight.pt", "--steps 10"))
 
 
-def test_kill_and_resume_is_bit_identical(tmp_path):
-    flags = "--steps 14 --save-every 2 --log-every 1 --batch-size 8 --ema 0.9 --data "
-    flags += str(jpeg_folder(tmp_path / "photos"))
-    whole = run_train(tmp_path / "whole.pt", flags)
-    cut, log = tmp_path / "cut.pt", tmp_path / "cut.jsonl"
-    command = [sys.executable, str(HERE / "train.py"), *TINY, *flags.split(), "--ckpt", str(cut)]
-    for stop_after in (3, 9):  # lines of the log
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        while not (log.exists() and log.read_text().count("\n") > stop_after):
-            assert process.poll() is None
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    with log.open("a") as file:
-        file.write('{"step": 9')  # as a kill in mid-write leaves it
-    assert same_weights(whole, run_train(cut, flags), ("encoder", "predictor", "teacher"))
-    assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
+def test_a_stopped_run_continues_bit_by_bit(tmp_path):
+    """A killed one from its last checkpoint; by other signals it saves, ends well, and goes on."""
+    folder = jpeg_folder(tmp_path / "photos", size=100)
+    flags = f"--data {folder} --image-size 100 --model vit_n25 --augment color --ema 0.9"
+    flags += " --steps 14 --batch-size 8 --log-every 1 --workers 1 --save-every "
+    whole, pipe = run_train(tmp_path / "whole.pt", flags + "100"), subprocess.PIPE
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        cut = tmp_path / f"{number}.pt"
+        mine = flags + ("2" if number == signal.SIGKILL else "100")
+        command = [sys.executable, HERE / "train.py", *TINY, *mine.split(), "--ckpt", cut]
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+        next(line for line in process.stdout if line.startswith("step 5/"))
+        os.killpg(process.pid, number)  # as torchrun does: the loaders get it, too
+        if number == signal.SIGKILL:
+            process.wait()
+            with cut.with_suffix(".jsonl").open("a") as file:
+                file.write('{"step": 9')  # as a kill in mid-write leaves it
+        else:
+            rest, errors = process.communicate(timeout=60)
+            assert process.returncode == 0 and "same command continues" in rest and not errors
+        assert 4 <= torch.load(cut, weights_only=True)["step"] < 14
+        again = run_train(cut, mine)
+        assert same_weights(whole, again, ("encoder", "predictor", "teacher"))
+        assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
 
 
 def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
@@ -804,28 +775,6 @@ def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
     losses = [[row["loss"] for row in log[1:]] for log in (one, log_of(tmp_path / "two.pt"))]
     # the same batches, masks, statistics; float32 sums in another order, amplified by 8 steps
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "number, flags",
-    [
-        (signal.SIGINT, "--workers 0"),
-        (signal.SIGTERM, "--workers 1 --image-size 104 --model vit_n26"),
-    ],
-)
-def test_signals_save_and_continue(number, flags, tmp_path):
-    flags = f"--steps 14 --save-every 100 --log-every 1 {flags}"
-    cut = tmp_path / "cut.pt"
-    command = [sys.executable, str(HERE / "train.py"), *TINY, *flags.split(), "--ckpt", str(cut)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
-    next(line for line in process.stdout if line.startswith("step 4/"))
-    os.killpg(process.pid, number)  # as torchrun does: the loaders get it, too
-    rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "saved; the same command continues" in rest and not errors
-    assert 4 <= torch.load(cut, weights_only=True)["step"] < 14
-    assert same_weights(run_train(cut, flags), run_train(tmp_path / "whole.pt", flags))
-    assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
 
 
 def test_a_signal_on_one_rank_stops_all(monkeypatch):
@@ -884,11 +833,14 @@ def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, few_shapes):
 
 
 BAD = """--model vit_z16 | vit_z16.*vit_b16
+--model vit_b0 | vit_b0.*vit_b16
 --model resnet18 | resnet18 has none.*--recipe crops
 --recipe crops --model googlenet | googlenet cannot be a backbone.*swin
 --recipe crops --model resnet18 --micro-batch 4 | batch norm.*--micro-batch
 --recipe crops --lam 2 | --lam 2.0 of --recipe crops must be at most 1
 --recipe crops --stop-grad | crops does not take --stop-grad
+--slices 64 | --sigreg legendre does not take --slices
+--sigreg none --lam 2 | --sigreg none does not take --lam
 --recipe crops --local-size 20 | --local-size 20 .*patch of vit_n8
 --min-context 0 | min_context above 0
 --sigreg sketched | --recipe masked --sigreg sketched needs a --lam
@@ -985,10 +937,8 @@ def test_every_kind_of_image_file_is_read_right(tmp_path):
     image = np.asarray(train.read_image(tmp_path / "clear.png"))
     assert (image[:, -1] == 0).all() and (image[:, :-1] == 255).all() and image.shape == (6, 4, 3)
     Image.fromarray((ramp * 1000).astype(np.float32)).save(tmp_path / "F.tif")
-    (tmp_path / "half.png").write_bytes((tmp_path / "16.png").read_bytes()[:60])
-    for name in ("F.tif", "half.png"):
-        with pytest.raises(OSError, match=rf"^train\.py: cannot read image .*{name}"):
-            train.read_image(tmp_path / name)
+    with pytest.raises(OSError, match=r"^train\.py: cannot read image .*F.tif .*mode F"):
+        train.read_image(tmp_path / "F.tif")
 
 
 def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
@@ -1160,12 +1110,11 @@ def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
         assert train.hold(range(1000), sizes, 0, CPU) is None
 
 
-@pytest.mark.parametrize("recipe", ["masked", "crops"])
-def test_large_photographs_are_the_same_with_any_number_of_workers(recipe, tmp_path):
+def test_large_photographs_are_the_same_with_any_number_of_workers(tmp_path):
     """One small image among them does not choose the recipe: the median does."""
     folder = jpeg_folder(tmp_path / "photos", size=100)
     Image.new("RGB", (40, 40)).save(folder / "train" / "class0" / "00.jpg")
-    flags = f"--data {folder} --recipe {recipe} --model vit_n8 --batch-size 6"
+    flags = f"--data {folder} --recipe crops --model vit_n32 --batch-size 6"
     flags += " --augment color --steps 2 --workers "
     one, two = (run_train(tmp_path / f"{n}.pt", flags + n) for n in "01")
     assert one["args"]["image_size"] == 224 and same_weights(one, two)
@@ -1178,7 +1127,7 @@ def run_probe(capsys, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-FROZEN = "", "--untrained --image-size 48", "--pool cls --layers 2"
+FROZEN = "--untrained --image-size 48 --layers 1", "--pool cls --layers 2"
 
 
 @pytest.mark.parametrize("flags", [*FROZEN, "--finetune --steps 3 --batch-size 64"])
@@ -1208,10 +1157,8 @@ def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, fe
 
     for item in (draw, permuted):
         monkeypatch.setattr(train.Shapes, "__getitem__", item)
-        results.append(run_probe(capsys, trained[0]))
-    half = len(heads) // 2
-    assert half == 4  # the grid and the chosen head, of the last block and of four
-    for before, after in zip(heads[:half], heads[half:], strict=True):
+        results.append(run_probe(capsys, trained[0], "--layers", "1"))
+    for before, after in zip(heads[:2], heads[2:], strict=True):  # the grid, and the chosen head
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert results[0]["linear"] != results[1]["linear"]
     assert results[0]["linear_held_out"] == results[1]["linear_held_out"]
@@ -1247,8 +1194,6 @@ def test_finetuning_learns_slower_below_and_decays_matrices():
         below = 4 - int(block[1]) if block else 0 if re.match("norm|weight|bias", name) else 5
         assert group["params"][0] is p and group["scale"] == pytest.approx(1e-3**below), name
         assert group["weight_decay"] == 0.1 * (name.endswith("weight") and p.ndim > 1), name
-    resnet = probe.Classifier(model.build_encoder("resnet18", 32), 10)
-    assert {g["scale"] for g in probe.layer_groups(resnet.encoder, resnet.head, 0.5, 0.1)} == {1}
 
 
 def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
@@ -1297,7 +1242,9 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
 
 def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
     path = tmp_path / "ckpt.pt"
-    run_train(path, "--steps 1 --recipe crops --model resnet18 --batch-size 4 --local-views 0")
+    run_train(
+        path, "--steps 1 --recipe crops --model shufflenet_v2_x0_5 --batch-size 4 --local-views 0"
+    )
     photos = jpeg_folder(tmp_path / "photos")
     for extra in ([], "--finetune --steps 2 --batch-size 12".split()):
         found = run_probe(capsys, path, "--data", photos, "--workers", "0", *extra)
@@ -1383,10 +1330,15 @@ def test_linear_head_is_chosen_on_a_held_out_tenth():
 
 
 # ------------------------------------------------------------------------------- files and commands
-@pytest.mark.parametrize("name", ["sigreg", "masks", "model"])
-def test_files_can_be_copied_alone(name, tmp_path):
-    shutil.copy(HERE / f"{name}.py", tmp_path)
-    code = f"import sys, {name}; assert 'torchvision' not in sys.modules"
+def test_files_can_be_copied_alone(tmp_path):
+    names = "sigreg", "masks", "model"
+    for name in names:
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+    code = f"""import sys
+for name in {names}:
+    __import__(name)
+    assert {{*{names}, "torchvision"}} & {{*sys.modules}} == {{name}}
+    del sys.modules[name]"""
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 

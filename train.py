@@ -737,6 +737,7 @@ def leave_signals(worker):
 
 
 # ------------------------------------------------------------------------------------ command line
+SIGREG = {"masked": "legendre", "crops": "sketched"}  # where --sigreg does not say
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim",
     "crops": "predictor predictor_size masks_per num_targets target_scale min_context pred "
@@ -850,10 +851,14 @@ def parse_args(argv=None):
     add_method(parser)
     add_run(parser)
     args = parser.parse_args(argv)
-    for name in UNUSED[args.recipe].split():
+    sigreg_name = args.sigreg or SIGREG[args.recipe]
+    unused = {name: f"--recipe {args.recipe}" for name in UNUSED[args.recipe].split()}
+    unused |= {"slices": f"--sigreg {sigreg_name}"} if sigreg_name != "sketched" else {}
+    unused |= {"lam": "--sigreg none"} if sigreg_name == "none" else {}
+    for name, by in unused.items():
         if getattr(args, name) != parser.get_default(name):
             option = "--" + name.replace("_", "-")
-            sys.exit(f"train.py: --recipe {args.recipe} does not take {option}; leave it out")
+            sys.exit(f"train.py: {by} does not take {option}; leave it out")
     check(args)
     return args
 
@@ -898,7 +903,7 @@ def defaults(args, side):
         chosen |= {name: DEFAULTS[name][2] for name in names.split()}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
     chosen |= {"directions": "one"} if one_way(args) else {}
-    sigreg_name, lam = args.sigreg or ("sketched" if crops else "legendre"), 0.05 if crops else 1.0
+    sigreg_name, lam = args.sigreg or SIGREG[args.recipe], 0.05 if crops else 1.0
     if sigreg_name == "sketched":  # it grows with the batch: the paper's 0.05 is at 256
         lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if crops else None
     return chosen | {
