@@ -19,7 +19,7 @@ import math
 import torch
 
 TARGET_ASPECT = (0.75, 1.5)  # least and most height / width of a target block, as in I-JEPA
-CONTEXT_SCALE = (0.85, 1.0)  # share of the grid that the context block takes, less the targets
+CONTEXT_SCALE = (0.85, 1.0)  # share of the grid of the context block, before targets are cut out
 
 
 def _check(batch_size, grid, num_targets, target_scale, min_context):
@@ -78,9 +78,9 @@ def multi_block_masks(
     and one of the context, a square, are drawn per call, places per image; blocks may overlap.
     Returns context (B, Nc) and targets (B, K, Nt). ValueError names what is out of range.
 
-    Nc is the smallest context of the batch. An image whose context is below min_context, a share of
-    the grid, draws new places, up to 8 times. If that does not help, its K targets become one, and
-    its context may leave its block.
+    Nc is the size of the smallest context in the batch, but at least min_context, a share of the
+    grid. An image with less draws new places, up to 8 times. After that its context may leave its
+    block; and if its targets leave too few patches, all K become copies of the first.
     """
     _check(batch_size, grid, num_targets, target_scale, min_context)
     share = _uniform(*target_scale, generator)

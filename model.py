@@ -10,7 +10,7 @@
 
 The parameter names, shapes and numerics of the encoder are those of timm's ViT, so a state dict of
 ours loads there with strict=True (timm.create_model("vit_base_patch16_224", num_classes=0)).
-This file needs torch alone; backbones that are no ViTs are torchvision's.
+This file needs torch alone; build_encoder takes backbones that are no ViTs from torchvision.
 """
 
 import re
@@ -135,10 +135,10 @@ def vit(name, image_size=224):
 class MLPPredictor(nn.Module):
     """Two layers on the pooled context and the position of the patch to predict.
 
-        z_bki = W2 gelu(W1 [mean of b's tokens, CLS too ; position embedding of patch targets_bki])
+        z_bki = W2 gelu(W1 [mean of all tokens of b ; position embedding of patch targets_bki])
 
-    of width * D hidden units. tokens (B, 1 + Nc, D), context (B, Nc) (unused: a pool has no order),
-    targets (B, K, Nt) -> (B, K, Nt, D).
+    The mean includes CLS; there are width * D hidden units. tokens (B, 1 + Nc, D), context (B, Nc)
+    (unused: a mean has no order), targets (B, K, Nt) -> (B, K, Nt, D).
     """
 
     def __init__(self, dim, num_patches, width=4):
@@ -160,7 +160,7 @@ class TransformerPredictor(nn.Module):
     """A narrow transformer: mask tokens with positions attend to the context and to each other.
 
     tokens (B, 1 + Nc, D), context (B, Nc), targets (B, K, Nt) -> (B, K, Nt, D). The K blocks of an
-    image share one sequence, of half the width; I-JEPA runs one for each block.
+    image share one sequence, of width max(D / 2, 64); I-JEPA runs one for each block.
     """
 
     def __init__(self, dim, num_patches, depth=4):
@@ -194,7 +194,7 @@ def projector(dim, out_dim, hidden=2048):
     return nn.Sequential(*layers, nn.Linear(hidden, out_dim))
 
 
-# torchvision's families whose classifiers take any image size of some 32 px, (B, classes) out
+# torchvision's families whose classifiers take any image from some 32 px on, (B, classes) out
 BACKBONES = "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg"
 
 

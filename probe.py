@@ -7,8 +7,8 @@
     python probe.py ckpt.pt --finetune              # all weights on the labels
     torchrun --nproc_per_node=8 probe.py ckpt.pt    # features, fine-tuning on all ranks
 
-Features are extracted once, from resized, centre-cropped images. Each protocol is one function of
-features and labels; it returns its top-1 in percent on the validation split, which takes no part in
+Features are extracted once, from resized, centre-cropped images. k-NN and linear are functions of
+features and labels. All report top-1 in percent on the validation split, which takes no part in
 fitting or choosing anything. N training, N' validation images, D features, C classes, H heads.
 """
 
@@ -48,8 +48,8 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
 
     encoder: images -> tokens (B, 1 + P, D) or features (B, D), in eval mode; images: train.Images;
     pool: avg, the mean of the patch tokens, or cls, the CLS token; layers: how many last blocks
-    (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes its share, of one size (the last
-    images are the first again); rank 0 returns all, others their part.
+    (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes as many images (at the end the
+    first ones again); rank 0 returns all features, the others theirs.
     """
     if encoder.training:
         raise ValueError("probe.py: the encoder is in training mode; call .eval() first")
@@ -115,7 +115,7 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     turn = axes / variance.sqrt()
     z = F.pad(z @ turn.float(), (0, 1), value=1.0)  # the last column is the bias's
     # W = turn @ weight, so |W|^2 is the sum of weight^2 / variance over the axes
-    shrink = F.pad(1 / variance, (0, 1)).float()[:, None, None]  # ... which does not decay
+    shrink = F.pad(1 / variance, (0, 1)).float()[:, None, None]  # 0 for the bias: no decay
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
     weight = torch.zeros(z.shape[1], count, classes, device=device)
     momentum = torch.zeros_like(weight)
@@ -154,7 +154,7 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
 
     All heads are fitted to nine tenths of the training images; the best on the held-out tenth
     (drawn by the seed, class by class) is fitted again to everything. Validation labels are only
-    compared with predictions. Shapes as in knn_probe; ValueError with one image a class.
+    compared with predictions. Shapes as in knn_probe; ValueError if no class has two images.
     """
     if train_y.bincount().max() < 2:
         raise ValueError("probe.py: one training image a class; the linear probe needs two")
@@ -198,7 +198,7 @@ def frozen_probes(encoder, train_set, val_set, options, device):
 
 # ------------------------------------------------------------------------------------- fine-tuning
 def layer_groups(encoder, head, decay, weight_decay):
-    """AdamW's parameter groups, one a tensor, with `scale`: decay for each layer below the head.
+    """AdamW's parameter groups, one per tensor, with `scale`: decay for each layer below the head.
 
     Layer 0 comes before a ViT's first block, then each block is one; the last norm is the head's.
     Matrices alone decay.
@@ -230,9 +230,10 @@ class Classifier(torch.nn.Module):
 def finetune(encoder, train_set, val_set, size, options, device):
     """All weights of a copy of the encoder and a new linear head, trained on the labels.
 
-    AdamW; the rate falls by --layer-decay with each block below the head, warms up over a twentieth
-    of the steps and ends on half a cosine. Random crops and flips; smoothed labels. Ranks split the
-    batch. Returns `finetune`, top-1 of the last step; other ranks than 0 score their part alone.
+    AdamW; each block below the head multiplies the rate by --layer-decay. It warms up for a
+    twentieth of the steps, then falls as half a cosine. Random crops and flips; smoothed labels.
+    Ranks split the batch. Returns `finetune`, top-1 of the last step; ranks above 0 score their
+    part alone.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
@@ -292,7 +293,7 @@ def parse_args(argv=None):
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
     add("--batch-size", type=positive, default=256, help="images a step over all ranks [256]")
     add("--lr", type=real, help="AdamW's, of the head [1e-3 for each 256 images of a batch]")
-    add("--layer-decay", type=real, default=0.75, help="of the rate, a block below [0.75]")
+    add("--layer-decay", type=real, default=0.75, help="rate's factor per block below head [0.75]")
     add("--weight-decay", type=real, default=0.05, help="AdamW's, not of biases and norms [0.05]")
     add("--smoothing", type=real, default=0.1, help="of the labels [0.1]")
     add = parser.add_argument_group("run").add_argument
@@ -301,7 +302,7 @@ def parse_args(argv=None):
     add("--workers", type=natural, help="processes that load images [as in training]")
     options = parser.parse_args(argv)
     if options.finetune and (options.pool != "avg" or options.layers):
-        sys.exit("probe.py: --pool, --layers are of k-NN and linear: leave them out")
+        sys.exit("probe.py: --finetune takes neither --pool nor --layers: leave them out")
     if options.lr == 0 or options.layer_decay == 0 or options.smoothing >= 1:
         sys.exit("probe.py: --lr and --layer-decay must be above 0, --smoothing below 1")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
@@ -309,7 +310,7 @@ def parse_args(argv=None):
 
 
 def load_encoder(options, checkpoint):
-    """The encoder of the checkpoint, or as it was before training; exits where a flag cannot be."""
+    """The encoder of the checkpoint, or as it was before training; exits if a flag does not fit."""
     args, name = checkpoint["args"], checkpoint["args"]["model"]
     torch.manual_seed(args["seed"])
     encoder = build_encoder(name, args["image_size"])
@@ -335,9 +336,9 @@ def open_splits(data, root, seed):
     sources = [train.open_data(data, root, split, seed) for split in ("train", "val")]
     one, two = (set(getattr(source, "classes", ())) for source in sources)
     if len(one) == 1:
-        sys.exit(f"probe.py: {data} has one class alone; the probes need two or more")
+        sys.exit(f"probe.py: {data} has only one class; the probes need two or more")
     if one != two:
-        sys.exit(f"probe.py: of the splits of {data}, class {min(one ^ two)} is in one alone")
+        sys.exit(f"probe.py: class {min(one ^ two)} is in only one of the splits of {data}")
     return sources
 
 

@@ -54,7 +54,7 @@ def legendre_sigreg_plain(z):
 
     which is largest at mean 0 and C = I. So what is minimised here is
 
-        C = cov(z) + RIDGE (I + diag cov(z))                    cov(z) divided by N
+        C = cov(z) + RIDGE (I + diag cov(z))                    cov with 1 / N, not 1 / (N - 1)
         value = (tr C + |mean|^2 - log det C - D) / (2 D) = KL(N(mean, C) || N(0, I)) / D
 
     z (N, D) -> scalar >= 0, nats per dimension: 0 at mean 0 and C = I.
@@ -157,7 +157,7 @@ class SIGReg:
     """One step's regularizer by name: SIGReg("sketched", seed=step)(z), z (N, D) -> scalar.
 
     name: spectral, legendre, sketched, or none, which is 0. The sketched one has num_slices random
-    directions, the same for all samples of its step and on all ranks; the others take no notice.
+    directions, the same for all samples of its step and on all ranks; the others ignore both.
     ValueError for another name.
     """
 
@@ -229,7 +229,7 @@ class _MatMul(torch.autograd.Function):
 
 
 def matmul(a, b):
-    """(N, K) @ (K, M), the same inside autocast, which leaves nothing but float64 alone."""
+    """a @ b in their own type, also inside autocast, which would round all but float64."""
     return a @ b if a.dtype == torch.float64 else _MatMul.apply(a, b)
 
 
@@ -240,14 +240,14 @@ def wide(z):
 
 def _check(z):
     if z.ndim != 2 or not z.is_floating_point() or len(z) == 0 and _world() == 1:
-        wanted = "is not float of shape (N, D), N above 0"
-        raise ValueError(f"sigreg.py: z {z.dtype} {tuple(z.shape)} {wanted}")
+        got = f"{z.dtype} {tuple(z.shape)}"
+        raise ValueError(f"sigreg.py: z must be a float tensor (N, D) with N above 0, got {got}")
 
 
 def centre(z, places=None, num_places=None):
     """Each token less the mean of the tokens at its place, over the images of the global batch.
 
-    What is left sets the images apart: neither predicting nor spreading the places pays. z (B, ...,
+    What is left differs between images, so encoding the position lowers neither loss. z (B, ...,
     D); places: of z's shape without D, int64 below num_places, or None if an index is one place in
     all images, as with one mask for the batch. Returns z's shape, in at least float32.
     """
@@ -280,7 +280,7 @@ def prediction_loss(z_pred, z_target, relative=False):
     z_pred, z_target = wide(z_pred), wide(z_target)
     error, scale = (z_pred - z_target).square().sum(), z_target.square().sum()
     error, scale, n = sum_over_ranks(error, scale, z_target.new_full((), z_target.numel()))
-    # targets that are all equal have nothing to predict: 0 / tiny, not 0 / 0
+    # targets that are all equal have nothing to predict; tiny avoids 0 / 0
     return error / (scale.clamp_min(torch.finfo(scale.dtype).tiny) if relative else n)
 
 
@@ -300,8 +300,8 @@ def spectral_sigreg(z):
 
     z (N, D) of any float dtype -> scalar in [0, log D], log D for identical rows too, not below
     log(D / (N - 1)). Scale-free, value(c z) = value(z): it shapes the spectrum and cannot keep the
-    embedding from shrinking. sigma = sqrt(eig(Gram)), as eigvalsh's gradient has no poles where two
-    values are equal. ValueError unless z is a 2-D float tensor.
+    embedding from shrinking. sigma = sqrt(eig(Gram)), as a Gram matrix is a sum over ranks.
+    ValueError unless z is a 2-D float tensor.
     """
     n, mean, gram = _moments(z, torch.float64)
     eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
@@ -399,7 +399,7 @@ class _Sketched(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # it would be left out in silence
-            raise RuntimeError("sigreg.py: sketched_sigreg has no second derivative; plain has")
+            raise RuntimeError("sigreg.py: no second derivative; take sketched_sigreg_plain")
         return grad * ctx.grad, None, None, None
 
 

@@ -239,10 +239,10 @@ def test_losses_name_what_is_wrong():
     z, views = torch.zeros(3, 4), torch.zeros(4, 5, 3)
     masked = {"lam": 1, "masks": None, "relative": False, "regularizer": sketched}
     for call, says in (
-        (lambda: sigreg.spectral_sigreg(torch.zeros(3)), "shape"),
+        (lambda: sigreg.spectral_sigreg(torch.zeros(3)), "float tensor"),
         (lambda: sigreg.legendre_sigreg(torch.zeros(0, 4)), "N above 0"),
         (lambda: sigreg.sketched_sigreg(z, torch.zeros(5, 6)), "directions"),
-        (lambda: sigreg.spectral_sigreg(z.long()), "not float"),
+        (lambda: sigreg.spectral_sigreg(z.long()), "float tensor"),
         (lambda: sigreg.prediction_loss(z, torch.zeros(3, 5)), "shape"),
         (lambda: sigreg.multi_view_loss(views, 0, 0.1, sketched), "1 to V"),
         (lambda: sigreg.multi_view_loss(views, 9, 0.1, sketched), "1 to V"),
@@ -834,7 +834,7 @@ def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, few_shapes):
 
 BAD = """--model vit_z16 | vit_z16.*vit_b16
 --model vit_b0 | vit_b0.*vit_b16
---model resnet18 | resnet18 has none.*--recipe crops
+--model resnet18 | patch tokens, which resnet18 lacks.*--recipe crops
 --recipe crops --model googlenet | googlenet cannot be a backbone.*swin
 --recipe crops --model resnet18 --micro-batch 4 | batch norm.*--micro-batch
 --recipe crops --lam 2 | --lam 2.0 of --recipe crops must be at most 1
@@ -1235,9 +1235,9 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
     photos = jpeg_folder(tmp_path / "photos")
     flags = [trained[0], "--data", photos, "--device", "cpu", "--workers", "0"]
     (photos / "val" / "class1").rename(photos / "val" / "class2")
-    refuse(probe.main, flags, "class class1 is in one alone")
+    refuse(probe.main, flags, "class class1 is in only one")
     (photos / "train" / "class1").rename(tmp_path / "aside")
-    refuse(probe.main, [*flags, "--finetune"], "photos has one class alone")
+    refuse(probe.main, [*flags, "--finetune"], "photos has only one class")
 
 
 def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):

@@ -6,15 +6,15 @@
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
     torchrun --nproc_per_node=8 train.py --data photos --model vit_b16 --batch-size 4096 --lr 1.5e-4
 
-`--recipe masked` (source A, the default) hides blocks of the image from the encoder and predicts
-their tokens. `--recipe crops` (source B, arXiv:2511.08544) encodes several crops of an image and
-pulls their projections together. The loop comes first, then what it calls: steps, log, checkpoints,
-data, command line. (--ema and --stop-grad are there for comparison.)
+`--recipe masked` (source A, the default) encodes a context and some blocks of the image apart, and
+predicts the blocks' tokens from the context. `--recipe crops` (source B, arXiv:2511.08544) encodes
+several crops of an image and pulls their projections together. The loop comes first, then what it
+calls: steps, log, checkpoints, data, command line. (--ema and --stop-grad are for comparison.)
 
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
 or the image's number: a resumed run repeats the uninterrupted one, and the number of ranks changes
-rounding only. Exceptions are each rank's: batch norm on CPUs, dropout, stochastic depth.
+only rounding, and what each rank does on its own: batch norm on CPUs, dropout, stochastic depth.
 
 B is the number of images of this rank; sigreg.py lists the other symbols.
 """
@@ -112,8 +112,8 @@ def build(args, device):
         predictor = model.projector(encoder.dim, args.proj_dim)
         net = model.MultiView(encoder, predictor, args.global_views, args.micro_batch)
     elif not hasattr(encoder, "grid"):
-        has_none = f"{args.model} has none; take a vit_{{n,t,s,b,l,h}}{{patch}}"
-        raise ValueError(f"train.py: patch tokens: {has_none} or --recipe crops")
+        lacks = f"--recipe masked needs patch tokens, which {args.model} lacks"
+        raise ValueError(f"train.py: {lacks}; take vit_{{n,t,s,b,l,h}}{{patch}} or --recipe crops")
     else:
         draw_masks(args, encoder.grid, 1)  # ValueError where the settings are impossible
         make = model.MLPPredictor if args.predictor == "mlp" else model.TransformerPredictor
@@ -163,13 +163,14 @@ def draw_masks(args, grid, count, generator=None):
 def draw(args, images, device_crops, rows, encoder, seed):
     """Views and masks of a step: a function of its seed and of the images.
 
-    images: this rank's B, uint8 tensors on the device. Cropped by the loader they are a list of G
-    global crops (B, G, 3, S, S) and, if any, L local ones (B, L, 3, s, s); device_crops is ().
-    Whole they are [(B, 3, H, W)], and device_crops lists what is cropped here, each kind as (count,
-    size, least share, most share of the image). rows (B,): their places in the global batch. Every
-    rank samples for the whole batch and takes its rows: any number of ranks sees the same.
-    Returns views, G + L of (B, 3, size, size), normalised, of the masked recipe two, for context
-    and targets; and masks, (context (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
+    images: uint8 tensors of this rank's B images, on the device. If the loader has cropped them,
+    they are the global crops (B, G, 3, S, S) and the local ones (B, L, 3, s, s), if any, in a list,
+    and device_crops is (). If not, they are [(B, 3, H, W)], and device_crops lists the crops to
+    take here, each kind as (count, size, least share, most share of the image). rows (B,): places
+    of the images in the global batch. Every rank draws for the whole batch and takes its rows, so
+    that any number of ranks sees the same. Returns views and masks. Views are normalised,
+    (B, 3, size, size): two for the masked recipe (context, targets), else G + L. Masks are (context
+    (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
     device, count, masks = images[0].device, args.batch_size, ()
     generator = torch.Generator().manual_seed(seed)
@@ -232,9 +233,9 @@ def on_any_rank(happened, world):
 
 
 def check_health(loss, net, step, ckpt):
-    """Ends the run if the loss or a weight is not finite. An earlier bad step shows in weights."""
+    """Ends the run if the loss or a weight is not finite. Weights show earlier bad steps, too."""
     if not loss.isfinite() or not all(p.isfinite().all() for p in net.parameters()):
-        again = f"begin again with a lower --lr and another --ckpt; {ckpt} has the last good step"
+        again = f"begin again with a lower --lr and another --ckpt; {ckpt} has the last step saved"
         sys.exit(f"train.py: loss or weight non-finite by step {step}: {again}")
 
 
@@ -277,7 +278,7 @@ class Log:
         self.file.seek(0)
         lines = self.file.readlines()
         if lines and not ckpt.exists():
-            sys.exit(f"train.py: {path} is the log of a run without {ckpt}; move the log, too")
+            sys.exit(f"train.py: {path} is the log of a run, but {ckpt} is gone; move the log, too")
         if done == 0:
             save(args, parts, 0)
             warn_of_small_sample(args, parts["encoder"])
@@ -334,7 +335,7 @@ def load_checkpoint(path):
     names = {"encoder", "predictor", "optimizer", "step", "args"}
     if not isinstance(saved, dict) or not names <= saved.keys():
         what = f"truncated or not a checkpoint of train.py ({type(saved).__name__})"
-        sys.exit(f"train.py: {path} is {what}; choose another --ckpt")
+        sys.exit(f"train.py: {path} is {what}; name another")
     return saved
 
 
@@ -371,7 +372,7 @@ def check_settings(path, before, now):
             pair = [Path(str(value)).resolve() for value in pair]
         if pair[0] != pair[1]:
             was = f"{path} was trained with {name}={pair[0]}, this command says {pair[1]}"
-            sys.exit(f"train.py: {was}; repeat that, or move {path} and its .jsonl")
+            sys.exit(f"train.py: {was}; set it back, or move {path} and its .jsonl to begin anew")
 
 
 @contextmanager
@@ -395,8 +396,8 @@ def ranks(script, device):
     try:
         yield device, rank, world
     except torch.OutOfMemoryError as error:
-        less = "--micro-batch 256 gives the same result" if script == "train.py" else "fewer pixels"
-        sys.exit(f"{script}: out of memory: {less} in less ({str(error).splitlines()[0]})")
+        less = "--micro-batch (same result)" if script == "train.py" else "--image-size"
+        sys.exit(f"{script}: out of memory; try a smaller {less} ({str(error).splitlines()[0]})")
     except (OSError, ValueError) as error:  # a loading process puts its traceback before the line
         line = str(error).strip().rpartition("\n")[2].removeprefix("OSError: ")
         if not re.match(r"\w+\.py: ", line):  # none of ours
@@ -445,7 +446,7 @@ def outlines(x, y):
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Embedded data set: 4 x 4 copies of one shape; its kind is the label, all else varies.
+    """Built-in data: images of 4 x 4 copies of one shape; its kind is the label, all else varies.
 
     Item i -> uint8 array (32, 32, 3) and label in 0 .. 9, a pure function of seed, split and i.
     A copy has its own two colours, angle, place and scale, so the patches of an image share the
@@ -520,14 +521,14 @@ def open_data(data, root, split, seed=0):
         return found
     except (OSError, RuntimeError, ImportError) as error:  # no folder, no class, no network ...
         wanted = f"not a folder with {split}/<class>/<images>, or shapes {' '.join(DATASETS)}"
-        wanted = f"not in {root} and cannot be had" if data in DATASETS else wanted
+        wanted = f"not in {root} and cannot be downloaded" if data in DATASETS else wanted
         sys.exit(f"train.py: --data {data} is {wanted}: {str(error).splitlines()[0]}")
 
 
 def open_folder(folder):
     """torchvision's ImageFolder; rank 0 says how many other files it leaves out.
 
-    A folder that links reach on several ways counts once in a class.
+    A folder that several links lead to counts once in a class.
     """
     endings, others = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif"), []
     real, ways = cache(os.path.realpath), {}
@@ -592,7 +593,7 @@ def resized_crop(x, u, size, scale):
 
     x (B, 3, H, W) float, u (B, 23) uniform draws in [0, 1), scale: least, most share of the image
     -> (B, 3, size, size). A bilinear resize is two small matrix products. Of ten boxes the first
-    that fits counts.
+    that fits counts; if none does, the first of all, cut to the image.
     """
     area = x.shape[2] * x.shape[3] * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
     ratio = torch.exp((2 * u[:, 10:20] - 1) * math.log(4 / 3))  # width / height, 3/4 to 4/3
@@ -715,7 +716,7 @@ def load(args, train_set, done, total, rows, device):
 
 
 def hold(data, sizes, workers, device):
-    """All images, uint8 (N, 3, H, W), on the device; None if they are large or differ in size."""
+    """All images, uint8 (N, 3, H, W), on the device; None if of several sizes, or large (8 GiB)."""
     if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * math.prod(sizes[0]) > 2**33:
         return None
     parts = read(data, workers, batch_size=500, collate_fn=list)
@@ -768,7 +769,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def natural(text, low=0, kind=int):
-    """Type of an option: a number of that kind from low on."""
+    """Type of an option: a number of that kind, at least low."""
     if not low <= kind(text) < math.inf:  # nan is not
         raise argparse.ArgumentTypeError(f"{text} must be at least {low}, and finite")
     return kind(text)
@@ -789,32 +790,30 @@ def add_method(parser):
     add("--data-root", default="data", help="where torchvision's data sets are downloaded to")
     add("--image-size", type=positive, help="pixels [32; the images' own; 224]")
     add("--augment", choices=["none", "crop", "color"], help="[none; color; none; crops color]")
-    add(
-        "--global-views", type=positive, default=2, help="crops: views of 0.3 to 1 of the image [2]"
-    )
+    add("--global-views", type=positive, default=2, help="crops: views of 0.3 to 1 of an image [2]")
     add("--local-views", type=natural, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
     add("--local-size", type=positive, help="crops: pixels of local views [0.43 of the image size]")
     add("--workers", type=natural, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
-    add("--model", help="or resnet18 ... [vit_n8; vit_n4 up to 48 px, vit_n8; vit_s16]")
+    add("--model", help="vit_n8 ..., resnet18 ... [vit_n8; vit_n4 up to 48 px, vit_n8; vit_s16]")
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
-    add(
-        "--predictor-size", type=positive, default=4, help="mlp: width / encoder's; else blocks [4]"
-    )
+    add("--predictor-size", type=positive, default=4, help="mlp: width factor; else: blocks [4]")
     add("--proj-dim", type=positive, default=64, help="crops: width of the projection [64]")
-    add("--masks-per", choices=["batch", "image"], help="a mask for each [image; batch; batch]")
+    add("--masks-per", choices=["batch", "image"], help="one mask for each [image; batch; batch]")
     add("--num-targets", type=positive, default=2, help="target blocks of an image [2]")
     add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
     add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
-    add("--pred", choices=["relative", "mse"], help="squared error [mse; relative; relative]")
+    add(
+        "--pred", choices=["relative", "mse"], help="relative to variance [mse; relative; relative]"
+    )
     add("--directions", choices=["one", "both"], help="of prediction [one; both; both]")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
-    add("--sigreg-on", choices=["tokens", "pooled"], help="sample [pooled; tokens; tokens]")
-    add("--lam", type=real, help="SIGReg's weight [1; crops 0.05, sketched 12.8 / batch, <= 0.5]")
-    add("--targets", choices=["blocks", "full"], default="blocks", help="full: image [blocks]")
+    add("--sigreg-on", choices=["tokens", "pooled"], help="what it sees [pooled; tokens; tokens]")
+    add("--lam", type=real, help="SIGReg's weight [1; crops: sketched 12.8 / batch, others 0.05]")
+    add("--targets", choices=["blocks", "full"], default="blocks", help="full: encode all [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
     add("--slices", type=positive, default=1024, help="random directions of sketched SIGReg [1024]")
@@ -824,11 +823,7 @@ def add_run(parser):
     """The options of the optimizer and of the run."""
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive, default=256, help="images a step, over all ranks [256]")
-    add(
-        "--micro-batch",
-        type=positive,
-        help="images a rank has in memory at once; exact all the same",
-    )
+    add("--micro-batch", type=positive, help="images that a rank has in memory at once; exact")
     add("--epochs", type=positive, help="passes over the data [5; 100; 300]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
     add("--lr", type=real, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
@@ -870,7 +865,7 @@ def check(args):
     if args.lr == 0 or args.ema >= 1 or args.seed >= 2**31:
         sys.exit("train.py: --lr must be above 0, --ema below 1, --seed below 2^31")
     if args.recipe == "crops" and args.augment == "none":
-        sys.exit("train.py: --recipe crops has crops: --augment crop or color")
+        sys.exit("train.py: --recipe crops always crops: take --augment crop or color")
     if one_way(args) and args.directions == "both":
         sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
     if args.recipe == "crops" and (args.lam or 0) > 1:
@@ -883,14 +878,14 @@ def one_way(args):
 
 
 def defaults(args, side):
-    """What options left open are to be, for images whose shorter side is `side` pixels."""
+    """Values of the options that were not given, for images whose shorter side is `side` pixels."""
     shapes, crops = args.data == "shapes", args.recipe == "crops"
     side = args.image_size or side  # from here on: the size that is trained on
     kind = 0 if shapes else 1 if side <= 96 else 2
     small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
     name = args.model or ("vit_s16" if kind == 2 else small)
     vit = re.fullmatch(r"vit_([a-z])(\d+)", name)
-    # what divides the image's side: a ViT's patch; 1 for small images' ResNets; 32 for others
+    # the image's side is a multiple of this: a ViT's patch; 1 for small ResNets; 32 for others
     patch = max(int(vit[2]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
     enlarge = kind == 2 or vit and side < 4 * patch  # few patches leave nothing to mask
     size = 224 // patch * patch if enlarge else max(side // patch, 2) * patch
@@ -920,7 +915,7 @@ def defaults(args, side):
 
 
 def fill_in(args, images, side, world):
-    """Sets the options that were left open, and returns them; exits where a run cannot be."""
+    """Sets the options that were not given, and returns them; exits if no run is possible."""
     wanted = defaults(args, side)
     open_ones = [name for name in wanted if getattr(args, name) is None]
     chosen = {name: wanted[name] for name in open_ones if name not in UNUSED[args.recipe].split()}
@@ -929,7 +924,7 @@ def fill_in(args, images, side, world):
         rule = "12.8 / (the vectors that SIGReg sees in a step); legendre and spectral take 1"
         sys.exit(f"train.py: --recipe masked --sigreg sketched needs a --lam, such as {rule}")
     if not max(2, world) <= args.batch_size <= images:  # SIGReg compares images
-        limits = f"at least 2 and {world} ranks, at most the {images} images of the data"
+        limits = f"at least {max(2, world)}, at most the {images} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
     return chosen
 
