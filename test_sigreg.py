@@ -1069,18 +1069,6 @@ def test_every_view_is_drawn_on_its_own():
     assert len(every) == 32 and len(every.unique(dim=0)) >= 24  # some colours are left alone (0.16)
 
 
-def test_masks_of_the_batch_are_one_and_of_the_images_many():
-    batch, mine = [torch.zeros(2, 1, 3, 32, 32, dtype=torch.uint8)], torch.tensor([3, 5])
-    for per in ("batch", "image"):
-        args = filled(f"--batch-size 8 --masks-per {per}")
-        _, (context, targets) = train.draw(args, batch, (), mine, GRID, seed=1)
-        assert torch.equal(targets[0], targets[1]) == (per == "batch")
-        count = 8 if per == "image" else 1
-        rest = torch.Generator().manual_seed(1)
-        wanted = train.draw_masks(args, 4, count, rest)[0]
-        assert torch.equal(context, wanted[mine % count])
-
-
 def test_batches_cover_an_epoch_over_ranks():
     rows = torch.arange(6).tensor_split(4)  # 2, 2, 1, 1
     shares = [list(train.batch_keys(23, 6, 0, 6, 0, part)) for part in rows]

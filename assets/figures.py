@@ -47,9 +47,9 @@ def curves():
             if on_gpu:
                 axis.plot(*zip(*on_gpu, strict=True), "D", color=colour, ms=5, mfc="white")
         floor = next(row[probe] for row in data if row["run"] == "untrained")
-        labels = next(row["last"] for row in data if row["run"] == "labels")
+        labels = sorted((row["images"], row["last"]) for row in data if row["run"] == "labels")
         axis.axhline(floor, color="#888888", ls=":", label="untrained")
-        axis.axhline(labels, color="#333333", ls="--", lw=1, label="labels, 358,400 images")
+        axis.plot(*zip(*labels, strict=True), "s--", color="#333333", ms=3, lw=1, label="labels")
         axis.set(xscale="log", title=title, xlabel="images seen")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("CIFAR-10 top-1, %")
