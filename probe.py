@@ -230,10 +230,9 @@ class Classifier(torch.nn.Module):
 def finetune(encoder, train_set, val_set, size, options, device):
     """All weights of a copy of the encoder and a new linear head, trained on the labels.
 
-    AdamW; each block below the head multiplies the rate by --layer-decay. It warms up for a
-    twentieth of the steps, then falls as half a cosine. Random crops and flips; smoothed labels.
-    Ranks split the batch. Returns `finetune`, top-1 of the last step; ranks above 0 score their
-    part alone.
+    AdamW; each block below the head multiplies the rate by --layer-decay. The rate warms up for a
+    twentieth of the steps, then falls as half a cosine. Random crops, flips; smoothed labels. Ranks
+    split the batch. Returns `finetune`, top-1 of the last step; ranks above 0 score their part.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     classes = len(getattr(train_set, "classes", ())) or max(label for _, label in train_set) + 1
