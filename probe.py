@@ -48,8 +48,8 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
 
     encoder: images -> tokens (B, 1 + P, D) or features (B, D), in eval mode; images: train.Images;
     pool: avg, the mean of the patch tokens, or cls, the CLS token; layers: how many last blocks
-    (ViT); amp: bfloat16 autocast. Under torchrun each rank encodes as many images (at the end the
-    first ones again); rank 0 returns all features, the others theirs.
+    (ViT); amp: bfloat16 autocast. Under torchrun all ranks encode equally many images (the
+    first ones fill the last share up); rank 0 returns all features, the others their own.
     """
     if encoder.training:
         raise ValueError("probe.py: the encoder is in training mode; call .eval() first")

@@ -805,9 +805,7 @@ def add_method(parser):
     add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
     add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
-    add(
-        "--pred", choices=["relative", "mse"], help="relative to variance [mse; relative; relative]"
-    )
+    add("--pred", choices=["relative", "mse"], help="error / variance [mse; relative; relative]")
     add("--directions", choices=["one", "both"], help="of prediction [one; both; both]")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
