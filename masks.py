@@ -7,8 +7,8 @@ Masks are patch indices in raster order (row * grid + column), int64, of one len
     context (B, Nc)     the patches that the encoder sees
     targets (B, K, Nt)  K blocks of patches to predict; the context holds none of them
 
-Each image has a mask of its own: masked_loss then wants them as `masks`. For one mask in the whole
-batch, the recipe on photographs, take batch_size 1 and .expand it.
+The defaults are source A's. Each image has a mask of its own: masked_loss then wants them as
+`masks`. For one mask in the whole batch, the recipe on photographs, see `Masked` in model.py.
 
 Unlike I-JEPA's collator: scale and aspect ratio are independent draws; long contexts lose patches
 at random, not at the image's bottom; small grids return at once. This file needs torch alone.
@@ -76,7 +76,8 @@ def multi_block_masks(
 
     grid: patches per side. Scales are shares of its area, aspects log-uniform. One size of targets
     and one of the context, a square, are drawn per call, places per image; blocks may overlap.
-    Returns context (B, Nc) and targets (B, K, Nt). ValueError names what is out of range.
+    generator: of the CPU; None is torch's global one. Returns context (B, Nc) and targets
+    (B, K, Nt). ValueError names what is out of range.
 
     Nc is the size of the smallest context in the batch, but at least min_context, a share of the
     grid. An image with less draws new places, up to 8 times. After that its context may leave its

@@ -246,20 +246,26 @@ def in_pieces(function, at_once, *tensors):
 class Masked(nn.Module):
     """Source A: encode the context, encode the targets, predict the targets from the context.
 
-    forward takes views, two of (B, 3, S, S): one crop of each image, each view in colours of its
-    own, or twice the same tensor; context (B, Nc) and targets (B, K, Nt), from masks.py. It returns
-    what sigreg.masked_loss sees: z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred
-    (B, K, Nt, D), and with both_directions z_back (B, K, Nc, D), the context from each target.
-    In a loop of your own, with the recipe's settings and one mask for the batch on all ranks (x are
-    crops of 0.3 to 1 of each image, normalised; AdamW at 2e-3, see train.build):
+    forward takes views, two of (B, 3, S, S), for the context and for the targets: the same crop and
+    flip of each image, each view in colours of its own, or twice the same tensor; context (B, Nc)
+    and targets (B, K, Nt), from masks.py. It returns what sigreg.masked_loss sees: z_context
+    (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred (B, K, Nt, D), and with both_directions
+    z_back (B, K, Nc, D), the context from each target. An encoder of your own takes (images,
+    indices) and gives CLS first, as VisionTransformer does. In a loop of your own, with the
+    recipe's settings and one mask for the batch on all ranks (crops of 0.3 to 1, normalised after
+    their colours; batch 256, AdamW at 2e-3 with weight decay 0.05 of matrices alone):
 
+        from masks import multi_block_masks
+        from sigreg import SIGReg, masked_loss
         net = Masked(encoder, MLPPredictor(encoder.dim, encoder.grid**2), both_directions=True)
         shared = torch.Generator().manual_seed(step)
         masks = multi_block_masks(1, encoder.grid, 2, (0.2, 0.3), 0.35, shared)
         context, targets = (m.expand(len(x), *m.shape[1:]).to(x.device) for m in masks)
-        loss, pred, reg = masked_loss(*net([x, x_recoloured], context, targets), masks=None,
+        loss, pred, reg = masked_loss(*net([x, x_in_other_colours], context, targets), masks=None,
             lam=1.0, regularizer=SIGReg("legendre"), relative=True, on="tokens")
 
+    On several GPUs wrap net in DistributedDataParallel, and call masked_loss on every rank with its
+    images; do not divide the loss, nor add up gradients of smaller batches (at_once does it right).
     Targets have their gradient. For comparison, stop_grad takes it away, teacher is another encoder
     for them, and whole_targets has them from the encoded whole image, normalised, as I-JEPA does.
     """

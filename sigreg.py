@@ -10,7 +10,8 @@ Two documents call two different things SIGReg. Both are here, with one relative
     sketched   source B: Epps-Pulley normality test on random projections (arXiv:2511.08544)
 
 `*_sigreg_plain` is each of them as it stands on paper, in one process and float64, to read and to
-copy. `*_sigreg` is the same number over all ranks, finite also for identical rows and N = 1.
+copy. `*_sigreg` is the same number over all ranks, finite also for identical rows and N = 1; all
+ranks must call it. For training copy the whole file.
 
 All want more rows than dimensions, N > D. A smaller sample cannot be white: spectral is then at
 least log(D / (N - 1)), and legendre above 0 (2.6 for 256 rows of 768 numbers). Values and gradients

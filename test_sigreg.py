@@ -767,7 +767,7 @@ def test_a_stopped_run_continues_bit_by_bit(tmp_path):
         assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
 
 
-def test_two_ranks_train_what_one_does_and_say_which_images_differ(tmp_path):
+def test_two_ranks_train_what_one_does(tmp_path):
     flags = "--weight-decay 0 --lr 1e-4 --no-amp --augment color"
     one = log_of(tmp_path / "one.pt") if run_train(tmp_path / "one.pt", flags) else None
     done = torchrun("train.py", *TINY, *flags.split(), "--ckpt", tmp_path / "two.pt")
@@ -1348,8 +1348,8 @@ def test_shown_code_runs(trained, monkeypatch):
     wanted = probe.read_out(encoder, images, "avg", 1)
     torch.testing.assert_close(names["features"], wanted)
     names = vars(model) | vars(masks) | vars(sigreg)
-    names |= {"encoder": encoder, "x": images, "x_recoloured": images, "step": 3}
-    block = re.search(r" {8}net = .*?\n\n", model.Masked.__doc__, re.DOTALL)
+    names |= {"encoder": encoder, "x": images, "x_in_other_colours": images, "step": 3}
+    block = re.search(r" {8}from masks .*?\n\n", model.Masked.__doc__, re.DOTALL)
     exec(textwrap.dedent(block[0]), names)  # noqa: S102
     torch.testing.assert_close(names["loss"], names["pred"] + names["reg"])
 
