@@ -76,9 +76,10 @@ class VisionTransformer(nn.Module):
     images (B, 3, S, S) float, indices None, (B, n) or (B, K, n) int64 patch indices in raster order
     -> (B, 1 + P, D), (B, 1 + n, D) or (B, K, 1 + n, D) after the last LayerNorm, CLS first. With
     indices the other patches take no part: every (n,) set is a sequence of its own. Images of
-    another size get resized position embeddings (bicubic, antialiased); ValueError where the patch
-    size does not divide them. layers: the outputs of so many last blocks, each after the last
-    LayerNorm, side by side (..., layers * D), the last block's first.
+    another size get resized position embeddings (bicubic, antialiased). ValueError where the patch
+    size does not divide them, and for indices into images of another size. layers: the outputs of
+    so many last blocks, each after the last LayerNorm, side by side (..., layers * D), the last
+    block's first.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12):
@@ -100,6 +101,9 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed["proj"](images)  # (B, D, side, side)
         position = self.pos_embed[:, 1:]
         if x.shape[2:] != (self.grid, self.grid):
+            if indices is not None:  # they would pick patches of another raster
+                side = self.grid * self.patch_size
+                raise ValueError(f"model.py: with indices images must be {side} x {side} px")
             position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             position = F.interpolate(position, x.shape[2:], mode="bicubic", antialias=True)
             position = position.flatten(2).transpose(1, 2)

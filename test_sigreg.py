@@ -439,6 +439,8 @@ def test_encoder_sees_only_the_given_patches():
     assert not torch.allclose(encoder(changed), encoder(images))
     with pytest.raises(ValueError, match="masks of 1 images for 3"):
         encoder(images, targets[:1])
+    with pytest.raises(ValueError, match="with indices images must be 32 x 32"):
+        encoder(torch.zeros(3, 3, 64, 64), targets)
 
 
 def test_models_have_their_size_and_refuse_broken_patches():
