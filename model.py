@@ -256,8 +256,8 @@ class Masked(nn.Module):
     (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred (B, K, Nt, D), and with both_directions
     z_back (B, K, Nc, D), the context from each target. An encoder of your own takes (images,
     indices) and gives CLS first, as VisionTransformer does. In a loop of your own, with the
-    recipe's settings and one mask for the batch on all ranks (crops of 0.3 to 1, normalised after
-    their colours; batch 256, AdamW at 2e-3 with weight decay 0.05 of matrices alone):
+    recipe's settings and one mask for the batch on all ranks (x are crops of 0.3 to 1, normalised
+    after their colours; batch 256, AdamW at 2e-3 with weight decay 0.05 of matrices alone):
 
         from masks import multi_block_masks
         from sigreg import SIGReg, masked_loss
