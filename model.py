@@ -198,6 +198,12 @@ def projector(dim, out_dim, hidden=2048):
     return nn.Sequential(*layers, nn.Linear(hidden, out_dim))
 
 
+def image_head(dim, out_dim=64, hidden=512):
+    """MLP for the loss of whole images in `Masked` only: (..., dim) -> (..., out_dim)."""
+    first, last = nn.Linear(dim, hidden), nn.Linear(hidden, out_dim)
+    return nn.Sequential(first, nn.LayerNorm(hidden), nn.ReLU(), last)
+
+
 # torchvision's families whose classifiers take any image from some 32 px on, (B, classes) out
 BACKBONES = "convnext|densenet|efficientnet|mnasnet|mobilenet|regnet|resne|shufflenet|swin|vgg"
 
@@ -252,39 +258,52 @@ class Masked(nn.Module):
 
     forward takes views, two of (B, 3, S, S), for the context and for the targets: the same crop and
     flip of each image, each view in colours of its own, or twice the same tensor; context (B, Nc)
-    and targets (B, K, Nt), from masks.py. It returns what sigreg.masked_loss sees: z_context
-    (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred (B, K, Nt, D), and with both_directions
-    z_back (B, K, Nc, D), the context from each target. An encoder of your own takes (images,
-    indices) and gives CLS first, as VisionTransformer does. In a loop of your own, with the
-    recipe's settings and one mask for the batch on all ranks (x are crops of 0.3 to 1, normalised
-    after their colours; batch 256, AdamW at 2e-3 with weight decay 0.05 of matrices alone):
+    and targets (B, K, Nt), from masks.py. It returns two things. The first is what
+    sigreg.masked_loss sees: z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D), z_pred
+    (B, K, Nt, D), and with both_directions z_back (B, K, Nc, D), the context from each target. The
+    second is what sigreg.multi_view_loss sees of whole images, where there is an image_head: the
+    mean patch token of the context and of each target, through that head, (B, 1 + K, 64); else
+    None. This is in neither source. An encoder of your own takes (images, indices) and gives CLS
+    first, as VisionTransformer does. In a loop of your own, with the recipe's settings and one mask
+    for the batch on all ranks (x are crops of 0.3 to 1, normalised after their colours; batch 256,
+    AdamW at 2e-3 with weight decay 0.05 of matrices alone):
 
         from masks import multi_block_masks
-        from sigreg import SIGReg, masked_loss
-        net = Masked(encoder, MLPPredictor(encoder.dim, encoder.grid**2), both_directions=True)
+        from sigreg import SIGReg, centre, masked_loss, multi_view_loss
+        predictor, head = MLPPredictor(encoder.dim, encoder.grid**2), image_head(encoder.dim)
+        net = Masked(encoder, predictor, head, both_directions=True)
         shared = torch.Generator().manual_seed(step)
         masks = multi_block_masks(1, encoder.grid, 2, (0.2, 0.3), 0.35, shared)
         context, targets = (m.expand(len(x), *m.shape[1:]).to(x.device) for m in masks)
-        loss, pred, reg = masked_loss(*net([x, x_in_other_colours], context, targets), masks=None,
-            lam=1.0, regularizer=SIGReg("legendre"), relative=True, on="tokens")
+        tokens, g = net([x, x_in_other_colours], context, targets)
+        loss, pred, reg = masked_loss(*tokens, masks=None, lam=1.0,
+            regularizer=SIGReg("legendre"), relative=True, on="tokens")
+        g = centre(g).transpose(0, 1)  # (1 + K, B, 64), each view less its mean over the batch
+        whole, *_ = multi_view_loss(g, len(g), 0.05, SIGReg("sketched", seed=step))
+        loss = loss + whole
 
-    On several GPUs wrap net in DistributedDataParallel, and call masked_loss on every rank with its
+    On several GPUs wrap net in DistributedDataParallel, and call the losses on every rank with its
     images; do not divide the loss, nor add up gradients of smaller batches (at_once does it right).
     Targets have their gradient. For comparison, stop_grad takes it away, teacher is another encoder
     for them, and whole_targets has them from the encoded whole image, normalised, as I-JEPA does.
     """
 
     def __init__(
-        self, encoder, predictor, both_directions=False, stop_grad=False, teacher=None,
-        whole_targets=False, at_once=None,
+        self, encoder, predictor, image_head=None, both_directions=False, stop_grad=False,
+        teacher=None, whole_targets=False, at_once=None,
     ):  # fmt: skip
         super().__init__()
         self.encoder, self.predictor, self.teacher = encoder, predictor, teacher
+        self.image_head = image_head
         self.both_directions, self.stop_grad = both_directions, stop_grad
         self.whole_targets, self.at_once = whole_targets, at_once
 
     def forward(self, views, context, targets):
-        return in_pieces(self.embed, self.at_once, *views, context, targets)
+        tokens = in_pieces(self.embed, self.at_once, *views, context, targets)
+        if self.image_head is None:
+            return tokens, None
+        of_context, of_targets = tokens[0][:, None, 1:].mean(2), tokens[1][:, :, 1:].mean(2)
+        return tokens, self.image_head(torch.cat([of_context, of_targets], dim=1))
 
     def embed(self, view, other_view, context, targets):
         z_context = self.encoder(view, context)  # (B, 1 + Nc, D)

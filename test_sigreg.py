@@ -273,6 +273,12 @@ def masked(z, own_masks, relative=True, on="tokens"):
     return sigreg.masked_loss(*embeddings, masks=places, **settings)[0]
 
 
+def whole_images(z):
+    """The loss of whole images in masked prediction, of rows z (N, 12)."""
+    views = sigreg.centre(torch.stack([z, z.sin(), z.exp()], dim=1)).transpose(0, 1)
+    return sigreg.multi_view_loss(views, 3, 0.05, sigreg.legendre_sigreg)[0]
+
+
 def crops(z):
     return sigreg.multi_view_loss(torch.stack([z, z.sin()]), 1, 0.05, sigreg.legendre_sigreg)[0]
 
@@ -284,6 +290,7 @@ LOSSES = {  # z (N, 12) -> scalar; over ranks, in autocast, compiled
     "masked": lambda z: masked(z, own_masks=False),
     "masks of their own": lambda z: masked(z, own_masks=True),
     "pooled": lambda z: masked(z, own_masks=False, relative=False, on="pooled"),
+    "whole images": whole_images,
     "crops": crops,
     "std": sigreg.embedding_std,
 }
@@ -515,7 +522,9 @@ def test_masked_is_its_definition():
         torch.randn(2, 3, 3, 32, 32),
     )
     context, targets = masks.multi_block_masks(3, 4, 2, generator=generator())
-    found = model.Masked(encoder, predict, both_directions=True)(views, context, targets)
+    head = model.image_head(128, 5)
+    net = model.Masked(encoder, predict, head, both_directions=True)
+    found, of_images = net(views, context, targets)
     for b, k in itertools.product(range(3), range(2)):
         c, t = context[b : b + 1], targets[b : b + 1, k]
         z_context, z_target = encoder(views[0, b : b + 1], c), encoder(views[1, b : b + 1], t)
@@ -524,6 +533,10 @@ def test_masked_is_its_definition():
         got = found[0][b], found[1][b, k], found[2][b, k], found[3][b, k]
         for x, y in zip(got, (z_context, z_target, pred, back), strict=True):
             torch.testing.assert_close(x, y[0], atol=1e-5, rtol=1e-4)
+        means = z_context[0, 1:].mean(0), z_target[0, 1:].mean(0)  # without CLS
+        for view, mean in zip((0, 1 + k), means, strict=True):
+            torch.testing.assert_close(of_images[b, view], head(mean), atol=1e-5, rtol=1e-4)
+    assert of_images.shape == (3, 3, 5)
 
 
 def test_heuristics_do_what_they_say():
@@ -532,7 +545,7 @@ def test_heuristics_do_what_they_say():
     images = torch.rand(4, 3, 32, 32)
     for settings in ({}, {"stop_grad": True}, {"teacher": teacher}, {"whole_targets": True}):
         net = model.Masked(encoder, predict, **settings)
-        _, z_target, _ = net([images, images], context, targets)
+        (_, z_target, _), _ = net([images, images], context, targets)
         assert z_target.requires_grad == (not ({"stop_grad", "teacher"} & settings.keys()))
         source = settings.get("teacher", encoder)
         if "whole_targets" in settings:
@@ -578,22 +591,21 @@ def step_gradients(flags, at_once, dtype):
     flags = f"--batch-size 25 --no-amp --augment crop {flags}".split()
     args = train.parse_args([*flags, "--micro-batch", str(at_once)])
     train.fill_in(args, 20_000, 32, 1)
-    net, parts = train.build(args, CPU)
-    encoder, predictor = parts["encoder"].to(dtype), parts["predictor"].to(dtype)
+    net, _ = train.build(args, CPU)
+    encoder = net.to(dtype).encoder
     images = torch.from_numpy(np.stack([train.Shapes()[i][0] for i in range(25)]))
     images, mine = images.permute(0, 3, 1, 2), torch.arange(25)
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
     views, drawn = train.draw(args, [images], crops, mine, encoder, seed=5)
     embeddings = net([view.to(dtype) for view in views], *drawn)
-    regularizer = sigreg.SIGReg(args.sigreg, 32, seed=5)
-    loss = train.loss_of(args, embeddings, drawn, encoder, regularizer)[0]
+    loss, _ = train.loss_of(args, embeddings, drawn, encoder, seed=5)
     loss.backward()
-    parameters = [*encoder.parameters(), *predictor.parameters()]
+    parameters = [*net.parameters()]
     assert all(p.grad is not None for p in parameters)
     return loss.detach(), torch.cat([p.grad.flatten() for p in parameters])
 
 
-TOKENS = "--sigreg-on tokens --directions both --pred relative"
+TOKENS = "--sigreg-on tokens --directions both --pred relative --image-loss 1"
 PIECES = [
     "--sigreg spectral --augment color",
     TOKENS,
@@ -618,7 +630,7 @@ MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none
 --masks-per batch|--num-targets 3|--min-context 0.6|--target-scale 0.2 0.2|--augment color
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
 --recipe crops --proj-dim 8|--recipe crops --augment color
---sigreg-on tokens --masks-per batch
+--sigreg-on tokens --masks-per batch|--image-loss 1|--image-loss 2|--image-loss 1 --slices 9
 --predictor-size 2|--predictor transformer --predictor-size 2"""
 
 
@@ -737,6 +749,10 @@ def test_longer_runs_continue_and_others_are_refused(trained, tmp_path, capsys, 
     cosine = vars(filled("--schedule cosine --steps 4"))
     with pytest.raises(SystemExit, match="steps=2, this command says 4"):  # part of the cosine
         train.check_settings(path, cosine | {"steps": 2}, cosine)
+    flags = "--image-loss 1 --steps "  # its head is in the checkpoint
+    short, whole = tmp_path / "short.pt", run_train(tmp_path / "whole.pt", f"{flags} 6")
+    run_train(short, f"{flags} 3")
+    assert same_weights(run_train(short, f"{flags} 6"), whole, ("encoder", "image_head"))
     longer = run_train(path, "--steps 10 --save-every 4 --log-every 5 --workers 1")
     assert same_weights(longer, run_train(tmp_path / "straight.pt", "--steps 10"))
 
@@ -770,7 +786,7 @@ def test_a_stopped_run_continues_bit_by_bit(tmp_path):
 
 
 def test_two_ranks_train_what_one_does(tmp_path):
-    flags = "--weight-decay 0 --lr 1e-4 --no-amp --augment color"
+    flags = "--weight-decay 0 --lr 1e-4 --no-amp --augment color --image-loss 1"
     one = log_of(tmp_path / "one.pt") if run_train(tmp_path / "one.pt", flags) else None
     done = torchrun("train.py", *TINY, *flags.split(), "--ckpt", tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr
@@ -841,12 +857,14 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --recipe crops --model resnet18 --micro-batch 4 | batch norm.*--micro-batch
 --recipe crops --lam 2 | --lam 2.0 of --recipe crops must be at most 1
 --recipe crops --stop-grad | crops does not take --stop-grad
---slices 64 | --sigreg legendre does not take --slices
+--slices 64 --image-loss 0 | --sigreg legendre does not take --slices
 --sigreg none --lam 2 | --sigreg none does not take --lam
 --recipe crops --local-size 20 | --local-size 20 .*patch of vit_n8
 --min-context 0 | min_context above 0
 --sigreg sketched | --recipe masked --sigreg sketched needs a --lam
 --ema 0.9 --directions both | --ema.*--directions one
+--stop-grad --image-loss 1 | --stop-grad.*--image-loss 0
+--recipe crops --image-loss 1 | crops does not take --image-loss
 --ema 1 | --ema below 1
 --lr 0 | --lr must be above 0
 --warmup-epochs inf | must be at least 0, and finite
@@ -880,6 +898,8 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     assert chosen == [("vit_n4", 32, "color", 2e-3), ("vit_s16", 224, "none", 1e-3)]
     crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
     assert crops == [0.05, 0.0031] and filled("").lam == 1
+    terms = [filled(flags).image_loss for flags in ("--data x", "--data x --ema 0.9", "")]
+    assert terms == [1, 0, 0]
     assert filled("--recipe crops --sigreg legendre").lam == 0.05  # at 1 nothing is predicted
     flags = "--data x", "--data x --ema 0.9", "", "--model vit_b16 --batch-size 64"
     assert [filled(f).directions for f in flags] == ["both", "one", "one", "both"]
@@ -1353,7 +1373,7 @@ def test_shown_code_runs(trained, monkeypatch):
     names |= {"encoder": encoder, "x": images, "x_in_other_colours": images, "step": 3}
     block = re.search(r" {8}from masks .*?\n\n", model.Masked.__doc__, re.DOTALL)
     exec(textwrap.dedent(block[0]), names)  # noqa: S102
-    torch.testing.assert_close(names["loss"], names["pred"] + names["reg"])
+    torch.testing.assert_close(names["loss"], names["pred"] + names["reg"] + names["whole"])
 
 
 def test_readme_and_results_agree_with_the_table():

@@ -74,8 +74,7 @@ def train(args, data, device, rank, world):
         torch.manual_seed(seed * world + rank)  # each rank its own, for dropout in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             embeddings = net(views, *masks)
-        regularizer = sigreg.SIGReg(args.sigreg, args.slices, seed)
-        loss, pred, reg = loss_of(args, embeddings, masks, encoder, regularizer)
+        loss, terms = loss_of(args, embeddings, masks, encoder, seed)
         loss.backward()  # every rank has the global batch's loss: see sigreg.py
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, args.lr, warmup, args.schedule)
@@ -89,7 +88,7 @@ def train(args, data, device, rank, world):
         if log_now or save_now:  # no bad step overwrites a good checkpoint
             check_health(loss, net, step, args.ckpt)
         if log_now:
-            measured = diagnostics(args, embeddings, loss, pred, reg)  # over all ranks
+            measured = diagnostics(args, embeddings, loss, terms)  # over all ranks
             if rank == 0:
                 log.write(step, (step - 1) // per_epoch, measured, optimizer.param_groups[0]["lr"])
         if save_now and rank == 0:
@@ -101,16 +100,16 @@ def train(args, data, device, rank, world):
 
 # ----------------------------------------------------- what the loop is made of, in order of use
 def build(args, device):
-    """The method as one module, and what a checkpoint holds by name: encoder, predictor (of source
-    B the projector), AdamW, which decays matrices alone, and the teacher if there is one."""
+    """The method as one module, and what a checkpoint holds by name: the module's children (such as
+    encoder and predictor), and AdamW, which decays matrices alone."""
     torch.manual_seed(args.seed)
-    encoder, teacher = model.build_encoder(args.model, args.image_size), None
+    encoder = model.build_encoder(args.model, args.image_size)
     if args.recipe == "crops":
         if args.local_size % getattr(encoder, "patch_size", 1):
             wanted = f"a multiple of the patch of {args.model}"
             raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
-        predictor = model.projector(encoder.dim, args.proj_dim)
-        net = model.MultiView(encoder, predictor, args.global_views, args.micro_batch)
+        projector = model.projector(encoder.dim, args.proj_dim)
+        net = model.MultiView(encoder, projector, args.global_views, args.micro_batch)
     elif not hasattr(encoder, "grid"):
         lacks = f"--recipe masked needs patch tokens, which {args.model} lacks"
         raise ValueError(f"train.py: {lacks}; take vit_{{n,t,s,b,l,h}}{{patch}} or --recipe crops")
@@ -118,20 +117,21 @@ def build(args, device):
         draw_masks(args, encoder.grid, 1)  # ValueError where the settings are impossible
         make = model.MLPPredictor if args.predictor == "mlp" else model.TransformerPredictor
         predictor = make(encoder.dim, encoder.grid**2, args.predictor_size)
+        head = model.image_head(encoder.dim) if args.image_loss else None
         teacher = copy.deepcopy(encoder).requires_grad_(False) if args.ema else None
         heuristics = args.stop_grad, teacher, args.targets == "full"
         both = args.directions == "both"
-        net = model.Masked(encoder, predictor, both, *heuristics, args.micro_batch)
+        net = model.Masked(encoder, predictor, head, both, *heuristics, args.micro_batch)
     on_gpu, groups = device.type == "cuda", ([], [])
     net.to(device)
     if on_gpu and not hasattr(encoder, "blocks"):
         encoder.to(memory_format=torch.channels_last)
-    for name, p in torch.nn.ModuleList([encoder, predictor]).named_parameters():
-        groups[name.endswith("weight") and p.ndim >= 2].append(p)
+    for name, p in net.named_parameters():
+        if p.requires_grad:  # not the teacher's
+            groups[name.endswith("weight") and p.ndim >= 2].append(p)
     groups = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
-    parts = {"encoder": encoder, "predictor": predictor, "optimizer": optimizer}
-    return net, parts | ({"teacher": teacher} if teacher else {})
+    return net, {**dict(net.named_children()), "optimizer": optimizer}
 
 
 def parallel(net, args, device):
@@ -196,14 +196,23 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def loss_of(args, embeddings, masks, encoder, regularizer):
-    """Loss, prediction loss, SIGReg of what the module returned."""
+def loss_of(args, embeddings, masks, encoder, seed):
+    """The step's loss, and its terms by the names under which they are logged."""
+    regularizer = sigreg.SIGReg(args.sigreg, args.slices, seed)
+    tokens, z = embeddings  # see Masked and MultiView
     if args.recipe == "crops":
-        _, z = embeddings
-        return sigreg.multi_view_loss(z, args.global_views, args.lam, regularizer)
+        loss, pred, reg = sigreg.multi_view_loss(z, args.global_views, args.lam, regularizer)
+        return loss, {"pred": pred, args.sigreg: reg}
     places = (*masks, encoder.grid**2) if args.masks_per == "image" else None
     settings = {"lam": args.lam, "relative": args.pred == "relative", "on": args.sigreg_on}
-    return sigreg.masked_loss(*embeddings, masks=places, regularizer=regularizer, **settings)
+    loss, pred, reg = sigreg.masked_loss(*tokens, masks=places, regularizer=regularizer, **settings)
+    terms = {"pred": pred, args.sigreg: reg}
+    if args.image_loss:
+        z, lam = sigreg.centre(z).transpose(0, 1), sketched_lam(args.batch_size)
+        regularizer = sigreg.SIGReg("sketched", args.slices, seed)
+        terms["image"], *_ = sigreg.multi_view_loss(z, len(z), lam, regularizer)
+        loss = loss + args.image_loss * terms["image"]
+    return loss, terms
 
 
 def learning_rate(step, total, lr, warmup=0, schedule="constant"):
@@ -240,14 +249,14 @@ def check_health(loss, net, step, ckpt):
 
 
 @torch.no_grad()
-def diagnostics(args, embeddings, loss, pred, reg):
+def diagnostics(args, embeddings, loss, terms):
     """What is logged: losses; effective rank and std of the images' mean tokens, or of the global
     crops' features, over all ranks, which must all call it; on GPUs the peak memory."""
     if args.recipe == "masked":
-        features = sigreg.mean_token(*embeddings[:2])  # (B, D)
+        features = sigreg.mean_token(*embeddings[0][:2])  # (B, D)
     else:
         features = embeddings[0][:, : args.global_views].flatten(0, 1)  # (B G, width)
-    row = {"loss": loss, "pred": pred, args.sigreg: reg}
+    row = {"loss": loss, **terms}
     row |= {"erank": sigreg.effective_rank(features), "std": sigreg.embedding_std(features)}
     row = {name: value.item() for name, value in row.items()}
     if features.is_cuda:
@@ -332,7 +341,7 @@ def load_checkpoint(path):
         sys.exit(f"train.py: no checkpoint {path}; python train.py --ckpt {path} makes one")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         saved = error
-    names = {"encoder", "predictor", "optimizer", "step", "args"}
+    names = {"encoder", "optimizer", "step", "args"}
     if not isinstance(saved, dict) or not names <= saved.keys():
         what = f"truncated or not a checkpoint of train.py ({type(saved).__name__})"
         sys.exit(f"train.py: {path} is {what}; name another")
@@ -742,7 +751,7 @@ SIGREG = {"masked": "legendre", "crops": "sketched"}  # where --sigreg does not 
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim",
     "crops": "predictor predictor_size masks_per num_targets target_scale min_context pred "
-    "directions sigreg_on targets stop_grad ema",
+    "directions sigreg_on image_loss targets stop_grad ema",
 }
 
 
@@ -755,6 +764,7 @@ DEFAULTS = {  # of the masked recipe, by the kind of data; more in defaults
     "pred":         ("mse",       "relative",  "relative"),
     "directions":   ("one",       "both",      "both"),
     "sigreg_on":    ("pooled",    "tokens",    "tokens"),
+    "image_loss":   (0.0,         1.0,         1.0),
     "epochs":       (5,           100,         300),
     "lr":           (1e-3,        2e-3,        1e-3),
 }
@@ -811,6 +821,7 @@ def add_method(parser):
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
     add("--sigreg-on", choices=["tokens", "pooled"], help="what it sees [pooled; tokens; tokens]")
     add("--lam", type=real, help="SIGReg's weight [1; crops: sketched 12.8 / batch, others 0.05]")
+    add("--image-loss", type=real, help="weight of source B's loss on mean tokens [0; 1; 1]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: encode all [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
@@ -846,7 +857,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     sigreg_name = args.sigreg or SIGREG[args.recipe]
     unused = {name: f"--recipe {args.recipe}" for name in UNUSED[args.recipe].split()}
-    unused |= {"slices": f"--sigreg {sigreg_name}"} if sigreg_name != "sketched" else {}
+    sketched = sigreg_name == "sketched" or args.recipe == "masked" and args.image_loss != 0
+    unused |= {} if sketched else {"slices": f"--sigreg {sigreg_name}"}
     unused |= {"lam": "--sigreg none"} if sigreg_name == "none" else {}
     for name, by in unused.items():
         if getattr(args, name) != parser.get_default(name):
@@ -864,8 +876,9 @@ def check(args):
         sys.exit("train.py: --lr must be above 0, --ema below 1, --seed below 2^31")
     if args.recipe == "crops" and args.augment == "none":
         sys.exit("train.py: --recipe crops always crops: take --augment crop or color")
-    if one_way(args) and args.directions == "both":
-        sys.exit("train.py: --stop-grad, --ema, --targets full go with --directions one alone")
+    if one_way(args) and (args.directions == "both" or args.image_loss):
+        wanted = "--directions one and --image-loss 0 alone"
+        sys.exit(f"train.py: --stop-grad, --ema, --targets full go with {wanted}")
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
 
@@ -892,13 +905,13 @@ def defaults(args, side):
     chosen = {name: choices[kind] for name, choices in DEFAULTS.items()}
     if shapes and vit and model.SIZES.get(vit[1], (0,))[0] >= 256:
         # 256 pooled vectors of such a network cannot be white; its tokens, as of photographs, can
-        names = "masks_per target_scale pred directions sigreg_on"
+        names = "masks_per target_scale pred directions sigreg_on image_loss"
         chosen |= {name: DEFAULTS[name][2] for name in names.split()}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
-    chosen |= {"directions": "one"} if one_way(args) else {}
+    chosen |= {"directions": "one", "image_loss": 0.0} if one_way(args) else {}
     sigreg_name, lam = args.sigreg or SIGREG[args.recipe], 0.05 if crops else 1.0
-    if sigreg_name == "sketched":  # it grows with the batch: the paper's 0.05 is at 256
-        lam = min(float(f"{12.8 / args.batch_size:.2g}"), 0.5) if crops else None
+    if sigreg_name == "sketched":
+        lam = sketched_lam(args.batch_size) if crops else None
     return chosen | {
         "model": name,
         "image_size": size,
@@ -910,6 +923,11 @@ def defaults(args, side):
         "workers": 0 if shapes and not crops else min(8, cores),
         "amp": args.device.startswith("cuda") or bfloat16_is_faster(),
     }
+
+
+def sketched_lam(batch_size):
+    """lambda of multi_view_loss: the statistic grows with the batch; the paper's 0.05 is at 256."""
+    return min(float(f"{12.8 / batch_size:.2g}"), 0.5)
 
 
 def fill_in(args, images, side, world):
