@@ -1,14 +1,15 @@
-"""Context and target masks of masked prediction, I-JEPA style (Assran et al. 2023).
+"""Context and target masks of masked prediction: blocks as in I-JEPA, or patches at random.
 
-    context, targets = multi_block_masks(batch_size=256, grid=14)
+    context, targets = multi_block_masks(batch_size=256, grid=14)       # Assran et al. 2023
+    context, targets = random_masks(batch_size=256, grid=14)            # source A's other option
 
 Masks are patch indices in raster order (row * grid + column), int64, of one length in a batch:
 
     context (B, Nc)     the patches that the encoder sees
-    targets (B, K, Nt)  K blocks of patches to predict; the context holds none of them
+    targets (B, K, Nt)  K sets of patches to predict; the context holds none of them
 
 The defaults are source A's. Each image has a mask of its own: masked_loss then wants them as
-`masks`. For one mask in the whole batch, the recipe on photographs, see `Masked` in model.py.
+`places`. For one mask in the whole batch, the recipe on photographs, see `Masked` in model.py.
 
 Unlike I-JEPA's collator: scale and aspect ratio are independent draws; long contexts lose patches
 at random, not at the image's bottom; small grids return at once. This file needs torch alone.
@@ -35,7 +36,7 @@ def _check(batch_size, grid, num_targets, target_scale, min_context):
     }
     for rule, holds in rules.items():
         if not holds:
-            raise ValueError(f"masks.py: multi_block_masks takes {rule}")
+            raise ValueError(f"masks.py: masks take {rule}")
 
 
 def _uniform(low, high, generator):
@@ -44,7 +45,11 @@ def _uniform(low, high, generator):
 
 
 def _block_size(grid, scale, aspect):
-    """(h, w) of the block of that share of the grid and that ratio h / w, kept inside the grid."""
+    """(h, w) of the block of that share of the grid and that ratio h / w, kept inside the grid.
+
+    Both are whole patches: h is off by half of one at most, and h w by h / 2, unless the grid cuts
+    them. So on a grid of 14, targets of 0.15 to 0.2 have 0.14 to 0.21, and ratios of 0.62 to 1.75.
+    """
     h = min(max(round(math.sqrt(scale * grid * grid * aspect)), 1), grid)
     return h, min(max(round(scale * grid * grid / h), 1), grid)
 
@@ -74,10 +79,11 @@ def multi_block_masks(
 ):
     """K rectangular target blocks per image, and one large context block less its image's targets.
 
-    grid: patches per side. Scales are shares of its area, aspects log-uniform. One size of targets
-    and one of the context, a square, are drawn per call, places per image; blocks may overlap.
-    generator: of the CPU; None is torch's global one. Returns context (B, Nc) and targets
-    (B, K, Nt). ValueError names what is out of range.
+    grid: patches per side. Scales are shares of its area, aspects log-uniform; _block_size says
+    what rounding to patches does to them. One size of targets, and one of the context, square to a
+    patch, are drawn per call, places per image; blocks may overlap. generator: of the CPU; None is
+    torch's global one. Returns context (B, Nc) and targets (B, K, Nt). ValueError names what is
+    out of range.
 
     Nc is the size of the smallest context in the batch, but at least min_context, a share of the
     grid. An image with less draws new places, up to 8 times. After that its context may leave its
@@ -115,3 +121,26 @@ def multi_block_masks(
     context = torch.zeros_like(free).scatter(1, chosen, True).nonzero()[:, 1].view(-1, length)
     row, col = (x.nonzero()[:, 2].view(batch_size, num_targets, -1) for x in (rows, cols))
     return context, (grid * row[..., None] + col[:, :, None]).flatten(2)
+
+
+def random_masks(
+    batch_size, grid, num_targets=4, target_scale=(0.15, 0.2), min_context=0.25, generator=None
+):
+    """The same without blocks: each patch is drawn without regard to its neighbours.
+
+    A target is a share of the grid from target_scale, and the context one from CONTEXT_SCALE of
+    what the targets leave, at least min_context of the grid. Targets of an image share no patch,
+    unless together they are more than 1 - min_context of it. Arguments, returns and errors as in
+    multi_block_masks.
+    """
+    _check(batch_size, grid, num_targets, target_scale, min_context)
+    wanted = min(max(round(min_context * grid**2), 1), grid**2 - 1)
+    size = max(round(_uniform(*target_scale, generator) * grid**2), 1)
+    size = min(size, grid**2 - wanted)
+    order = torch.rand(batch_size, grid**2, generator=generator).argsort(1)
+    asked, rest = order[:, wanted:], order[:, :wanted]
+    at = torch.arange(num_targets * size) % asked.shape[1]
+    rest = torch.cat([rest, asked[:, num_targets * size :]], dim=1)
+    length = max(round(_uniform(*CONTEXT_SCALE, generator) * rest.shape[1]), wanted)
+    targets = asked[:, at].unflatten(1, (num_targets, size))
+    return rest[:, :length].sort().values, targets.sort().values

@@ -46,10 +46,10 @@ class Block(nn.Module):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, L, D / heads) each
         if x.is_cuda:
-            heads = F.scaled_dot_product_attention(q, k, v)
+            values = F.scaled_dot_product_attention(q, k, v)
         else:  # torch's own is slow on CPUs at these lengths, 1.9 to 2.8 times in bfloat16
-            heads = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1) @ v
-        x = x + self.attn["proj"](heads.transpose(1, 2).flatten(2))
+            values = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1) @ v
+        x = x + self.attn["proj"](values.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
@@ -194,8 +194,8 @@ class TransformerPredictor(nn.Module):
 def projector(dim, out_dim, hidden=2048):
     """MLP with batch norm for the loss only, as in source B: (N, dim) -> z (N, out_dim)."""
     sizes = (dim, hidden), (hidden, hidden)
-    layers = [m for i, o in sizes for m in (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(hidden, out_dim))
+    hidden_ones = [m for i, o in sizes for m in (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())]
+    return nn.Sequential(*hidden_ones, nn.Linear(hidden, out_dim))
 
 
 def image_head(dim, out_dim=64, hidden=512):
@@ -231,10 +231,13 @@ def build_encoder(name, image_size):
     return encoder
 
 
-def image_features(output):
-    """What stands for an image: the mean patch token of (B, 1 + P, D), or (B, D) as it is."""
+def image_features(output, pool="avg"):
+    """What stands for an image: the mean patch token (avg) of (B, 1 + P, D), or CLS (cls); features
+    (B, D) of other networks as they are."""
     output = output.to(torch.promote_types(output.dtype, torch.float32))
-    return output[:, 1:].mean(1) if output.ndim == 3 else output
+    if output.ndim == 2:
+        return output
+    return output[:, 0] if pool == "cls" else output[:, 1:].mean(1)
 
 
 # ---------------------------------------------------------------- the two methods, a module each
@@ -276,8 +279,8 @@ class Masked(nn.Module):
         masks = multi_block_masks(1, encoder.grid, 2, (0.2, 0.3), 0.35, shared)
         context, targets = (m.expand(len(x), *m.shape[1:]).to(x.device) for m in masks)
         tokens, g = net([x, x_in_other_colours], context, targets)
-        loss, pred, reg = masked_loss(*tokens, masks=None, lam=1.0,
-            regularizer=SIGReg("legendre"), relative=True, on="tokens")
+        loss, pred, reg = masked_loss(*tokens, lam=1.0, regularizer=SIGReg("legendre"),
+            error="relative", on="tokens")
         g = centre(g).transpose(0, 1)  # (1 + K, B, 64), each view less its mean over the batch
         whole, *_ = multi_view_loss(g, len(g), 0.05, SIGReg("sketched", seed=step))
         loss = loss + whole
@@ -333,15 +336,16 @@ class MultiView(nn.Module):
 
     forward takes views: V of (B, 3, size, size), of one size for the num_global first and of one
     for the others. It returns features (B, V, width of the encoder), which are probed, and z
-    (V, B, D), which sigreg.multi_view_loss sees. The projector sees all images at once.
+    (V, B, D), which sigreg.multi_view_loss sees. pool: what of a ViT's output is a view's feature,
+    see image_features. The projector sees all images at once.
     """
 
-    def __init__(self, encoder, projector, num_global, at_once=None):
+    def __init__(self, encoder, projector, num_global, at_once=None, pool="avg"):
         super().__init__()
         if at_once and any("BatchNorm" in type(m).__name__ for m in encoder.modules()):
             raise ValueError("model.py: batch norm is of whole batches: no at_once (--micro-batch)")
         self.encoder, self.projector = encoder, projector
-        self.num_global, self.at_once = num_global, at_once
+        self.num_global, self.at_once, self.pool = num_global, at_once, pool
 
     def forward(self, views):
         (features,) = in_pieces(self.embed, self.at_once, *views)
@@ -350,5 +354,6 @@ class MultiView(nn.Module):
 
     def embed(self, *views):
         sizes = [same for same in (views[: self.num_global], views[self.num_global :]) if same]
-        y = torch.cat([image_features(self.encoder(torch.cat(same))) for same in sizes])
+        y = [image_features(self.encoder(torch.cat(same)), self.pool) for same in sizes]
+        y = torch.cat(y)
         return (y.unflatten(0, (len(views), -1)).transpose(0, 1),)

@@ -3,6 +3,7 @@
     python probe.py ckpt.pt                         # k-NN, linear, linear on four blocks
     python probe.py ckpt.pt --untrained             # before training: the floor of any claim
     python probe.py ckpt.pt --pool cls --layers 2   # source B's features: CLS of two blocks
+    python probe.py ckpt.pt --shots 1 10            # and linear with n labels a class
     python probe.py ckpt.pt --data dtd              # transfer to another data set
     python probe.py ckpt.pt --finetune              # all weights on the labels
     torchrun --nproc_per_node=8 probe.py ckpt.pt    # features, fine-tuning on all ranks
@@ -38,8 +39,7 @@ HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
 def read_out(encoder, images, pool, layers):
     """Features (B, D) of images (B, 3, S, S) in [0, 1]."""
     images = train.normalize(images)
-    tokens = encoder(images, layers=layers) if layers > 1 else encoder(images)
-    return {"avg": image_features, "cls": lambda tokens: tokens[:, 0].float()}[pool](tokens)
+    return image_features(encoder(images, layers=layers) if layers > 1 else encoder(images), pool)
 
 
 @torch.no_grad()
@@ -172,6 +172,26 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
     return result
 
 
+def few_shot_probe(train_x, train_y, val_x, val_y, shots, seed=0, draws=3):
+    """A linear classifier of `shots` training images a class: the mean over some draws of them.
+
+    So few images leave none to choose by: rate 1 and weight decay 10 / (number of images) always.
+    Shapes as in knn_probe. ValueError where a class has fewer images.
+    """
+    top1, order = [], torch.Generator().manual_seed(seed)
+    for _ in range(draws):
+        rows = torch.randperm(len(train_y), generator=order)
+        labels = train_y.cpu()[rows]
+        rows = torch.cat([rows[labels == c][:shots] for c in range(int(labels.max()) + 1)])
+        if len(rows) < shots * (int(labels.max()) + 1):
+            raise ValueError(f"probe.py: --shots {shots}, but a class has fewer training images")
+        head = fit_heads(train_x, train_y, [(1.0, 10 / len(rows))], seed, rows)
+        top1 += score(*head, val_x, val_y)
+    name, spread = f"{shots}-shot", max(top1) - min(top1)
+    how = f"mean of {draws} draws, {spread:.2f} apart; linear, lr 1, weight decay 10 / images"
+    return {name: round(sum(top1) / draws, 2), f"{name}_how": how}
+
+
 def frozen_probes(encoder, train_set, val_set, options, device):
     """Effective rank, k-NN and linear probe of frozen features, on rank 0; {} on the others."""
     settings = {name: getattr(options, name) for name in ("pool", "workers", "amp")}
@@ -180,14 +200,16 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     width = encoder.dim if more else None  # the last block's features come first
     (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
     elsewhere = dist.is_initialized() and dist.get_rank() > 0
-    # a collective: the other ranks' images are rank 0's by now
-    erank = effective_rank((val_x[:0] if elsewhere else val_x)[:, :width]).item()
+    mine = val_x[:0] if elsewhere else val_x  # rank 0 has all images by now, so the others add none
+    erank = effective_rank(mine[:, :width]).item()  # summed over ranks: all call it
     if elsewhere:
         return {}
     if device.type == "cuda" and 16 * train_x.numel() < torch.cuda.mem_get_info()[0]:  # 4 copies
         train_x, train_y = train_x.to(device), train_y.to(device)
     data = train_x[:, :width], train_y, val_x[:, :width], val_y
     result = knn_probe(*data) | linear_probe(*data, seed=options.seed)
+    for shots in options.shots:
+        result |= few_shot_probe(*data, shots, options.seed)
     if more:
         four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
         result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
@@ -217,14 +239,15 @@ def layer_groups(encoder, head, decay, weight_decay):
 class Classifier(torch.nn.Module):
     """The encoder and a linear head, zero at the start: images (B, 3, S, S) -> logits (B, C)."""
 
-    def __init__(self, encoder, classes):
+    def __init__(self, encoder, classes, pool):
         super().__init__()
+        self.pool = pool
         self.encoder, self.head = encoder, torch.nn.Linear(encoder.dim, classes)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
-        return self.head(image_features(self.encoder(images)))
+        return self.head(image_features(self.encoder(images), self.pool))
 
 
 def finetune(encoder, train_set, val_set, size, options, device):
@@ -241,16 +264,17 @@ def finetune(encoder, train_set, val_set, size, options, device):
         raise ValueError("probe.py: --finetune needs an image for each rank")
     total = options.steps or options.epochs * (len(train_set) // batch)
     lr = 1e-3 * batch / 256 if options.lr is None else options.lr
-    net = Classifier(copy.deepcopy(encoder).requires_grad_(True), classes).to(device).train()
+    net = Classifier(copy.deepcopy(encoder).requires_grad_(True), classes, options.pool)
+    net.to(device).train()
     groups = layer_groups(net.encoder, net.head, options.layer_decay, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, fused=device.type == "cuda")
     rows = torch.arange(batch).tensor_split(world)[rank]
     keys = train.batch_keys(len(train_set), batch, 0, total, options.seed, rows)
     crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
     loader = train.read(crops, options.workers, batch_sampler=keys, pin_memory=device.type != "cpu")
-    classify = train.parallel(net, options, device)
+    classify = train.parallel(net, device)
     for step, ((views,), labels) in enumerate(loader, 1):
-        torch.manual_seed((options.seed * 100_003 + step) * world + rank)  # stochastic depth
+        torch.manual_seed(train.seed_of("network", options.seed, step, rank))  # stochastic depth
         images, labels = (x.to(device, non_blocking=True) for x in (views[:, 0], labels))
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
             logits = classify(train.normalize(images / 255)).float()
@@ -265,7 +289,7 @@ def finetune(encoder, train_set, val_set, size, options, device):
             print(f"fine-tuning {step}/{total}  loss {loss.item():.4f}", flush=True)
     if not all(p.isfinite().all() for p in net.parameters()):
         sys.exit("probe.py: fine-tuning became non-finite; lower --lr")
-    settings = {"workers": options.workers, "amp": options.amp}
+    settings = {"workers": options.workers, "amp": options.amp, "pool": options.pool}
     x, y = extract_features(net.encoder.eval(), train.Images(val_set, size), **settings)
     top1 = score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0]
     used = {"lr": lr, "batch": batch, "steps": total}
@@ -283,9 +307,11 @@ def parse_args(argv=None):
     add("--data-root", help="where torchvision's data sets are [as in training]")
     add("--image-size", type=positive, help="pixels [as in training]")
     add("--untrained", action="store_true", help="the encoder as train.py's seed initialises it")
-    add("--pool", choices=["avg", "cls"], default="avg", help="mean patch token, or CLS [avg]")
+    add("--student", action="store_true", help="the online encoder, where there is a teacher")
+    add("--pool", choices=["avg", "cls"], help="mean patch token, or CLS [as in training: avg]")
     add("--layers", type=positive, help="a ViT's last blocks side by side [1, and linear4: 4]")
-    add("--seed", type=natural, default=0, help="of the held-out tenth, of orders, fine-tuning [0]")
+    add("--shots", type=positive, nargs="+", default=[], help="also linear with n labels a class")
+    add("--seed", type=natural, default=0, help="of what is held out or drawn, and its order [0]")
     add("--finetune", action="store_true", help="all weights; with --untrained, from scratch")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--epochs", type=positive, default=20, help="passes over the training split [20]")
@@ -300,7 +326,7 @@ def parse_args(argv=None):
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 of the encoder [on GPUs]")
     add("--workers", type=natural, help="processes that load images [as in training]")
     options = parser.parse_args(argv)
-    if options.finetune and (options.pool != "avg" or options.layers):
+    if options.finetune and (options.pool or options.layers):
         sys.exit("probe.py: --finetune takes neither --pool nor --layers: leave them out")
     if options.lr == 0 or options.layer_decay == 0 or options.smoothing >= 1:
         sys.exit("probe.py: --lr and --layer-decay must be above 0, --smoothing below 1")
@@ -315,18 +341,24 @@ def load_encoder(options, checkpoint):
     encoder = build_encoder(name, args["image_size"])
     is_vit = hasattr(encoder, "blocks")
     # by default both readouts from one pass: source A's, the last block, and I-JEPA's, four
-    default = is_vit and not (options.layers or options.pool != "avg")
-    options.layers = options.layers or 1
+    default = is_vit and not (options.layers or options.pool)
+    options.pool, options.layers = options.pool or args["pool"], options.layers or 1
+    if args["recipe"] == "crops" and is_vit and options.pool != args["pool"]:
+        other = f"--pool {options.pool} had no gradient in training; leave it out"
+        sys.exit(f"probe.py: {options.ckpt} was trained with --pool {args['pool']}: {other}")
     options.layer_decay = options.layer_decay if is_vit else 1.0  # no other encoder has layers
     options.blocks = min(4, len(encoder.blocks)) if default else options.layers
-    wants = {f"--pool {options.pool}": options.pool != "avg", "--layers": options.layers > 1}
+    wants = {f"--pool {options.pool}": options.pool == "cls", "--layers": options.layers > 1}
     for flag, asked in wants.items():
         if asked and not is_vit:
             sys.exit(f"probe.py: {flag} needs a ViT's tokens; leave it out for {name}")
     if is_vit and options.layers > len(encoder.blocks):
         sys.exit(f"probe.py: --layers {options.layers}: {name} has {len(encoder.blocks)} blocks")
+    options.part = "teacher" if "teacher" in checkpoint and not options.student else "encoder"
+    if options.student and "teacher" not in checkpoint:
+        sys.exit(f"probe.py: --student: {options.ckpt} has no teacher; leave it out")
     if not options.untrained:
-        encoder.load_state_dict(checkpoint["encoder"])  # strict: exactly these names and shapes
+        encoder.load_state_dict(checkpoint[options.part])  # strict: exactly these names and shapes
     return encoder
 
 
@@ -343,11 +375,19 @@ def open_splits(data, root, seed):
 
 def show(about, result, options):
     """The header, with what all numbers share, and a line for each number."""
-    features = {"avg": "mean patch token", "cls": "CLS"}[options.pool]
+    seen = (
+        " (which masked training shows to the predictor alone)"
+        if about["recipe"] == "masked"
+        else ""
+    )
+    features = {"avg": "mean patch token", "cls": f"CLS{seen}"}[options.pool]
     blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
     counts = f"{about['train']:,} training, {about['val']:,} validation images"
     precision = "bfloat16" if options.amp else "float32"
-    print(f"{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end="")
+    whose = "teacher of " if options.part == "teacher" else ""
+    print(
+        f"{whose}{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end=""
+    )
     features = f"{features}, {blocks}" if about["model"].startswith("vit") else "pooled features"
     print(f"{about['image_size']} px; {features}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
@@ -370,8 +410,9 @@ def main(argv=None):
             images = [train.Images(source, size) for source in sources]
             result = frozen_probes(encoder, *images, options, device)
         if rank == 0:
-            about = {"ckpt": options.ckpt, "model": args["model"], "step": step}
-            names = "data image_size pool layers untrained amp seed"
+            about = {"ckpt": options.ckpt, "step": step}
+            about |= {name: args[name] for name in ("recipe", "model")}
+            names = "data image_size part pool layers untrained amp seed"
             about |= {name: getattr(options, name) for name in names.split()}
             about |= {"train": len(sources[0]), "val": len(sources[1]), "torch": torch.__version__}
             show(about, result, options)

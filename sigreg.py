@@ -13,9 +13,10 @@ Two documents call two different things SIGReg. Both are here, with one relative
 copy. `*_sigreg` is the same number over all ranks, finite also for identical rows and N = 1; all
 ranks must call it. For training copy the whole file.
 
-All want more rows than dimensions, N > D. A smaller sample cannot be white: spectral is then at
-least log(D / (N - 1)), and legendre above 0 (2.6 for 256 rows of 768 numbers). Values and gradients
-are the same inside torch.autocast as outside. torch.compile takes every loss.
+spectral and legendre want more rows than dimensions, N > D. A smaller sample cannot be white:
+spectral is then at least log(D / (N - 1)), and legendre above 0 (2.6 for 256 rows of 768 numbers).
+sketched looks at one direction at a time, and takes any N. Values and gradients are the same inside
+torch.autocast as outside. torch.compile takes every loss.
 
 N rows of D numbers; M slices, T knots; B images, V views; K target blocks of Nt patches, a context
 of Nc; P patches in the whole image. This file needs torch alone.
@@ -25,6 +26,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 RIDGE = 1e-4  # keeps log det finite; zeros then cost -log(1e-4) / 2 - 1/2 = 4.1 nats a dimension
 
@@ -97,40 +99,44 @@ def quadrature(knots, t_max, like):
     return t, phi, w
 
 
-def masked_loss(z_context, z_target, z_pred, z_back=None, *, masks, lam, regularizer, relative, on):
+def masked_loss(
+    z_context, z_target, z_pred, z_back=None, *, places=None, lam, regularizer, error, on
+):
     """The loss of masked prediction, over encoded tokens x (context) and y (targets) without CLS.
 
         source A:      L = mean |z_pred - y|^2 + lam SIGReg(mean token of each image)
         photographs:   L = sum |z_pred - t|^2 / sum |t|^2 + lam (SIGReg(c) + SIGReg(t)) / 2
                        c = centre(x), t = centre(y): each token less the mean of its place
 
-    A is relative=False, on="pooled", a spectral regularizer; photographs have relative=True,
-    on="tokens", a legendre one. z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded
-    tokens, CLS first; z_pred (B, K, Nt, D). z_back (B, K, Nc, D), if there: the context predicted
-    from each target; the error is then the mean of both directions. CLS is no target and in no
-    sample of tokens: it could carry the spread. It enters the mean token, and the predictor.
+    A has a spectral regularizer, and contradicts itself twice: error="norm" sums the square over D
+    (its equation), "mse" takes the mean (its listing); on="context" pools the context alone (its
+    algorithm), "pooled" all encoded tokens (its text). Photographs have error="relative",
+    on="tokens", a legendre regularizer. "smooth_l1" is I-JEPA's error; see prediction_loss.
 
-    masks: (context (B, Nc), targets (B, K, Nt), P), patch indices below P; or None if all images,
+    z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
+    (B, K, Nt, D). z_back (B, K, Nc, D), if there: the context predicted from each target; the error
+    is then the mean of both directions. CLS is no target and in no sample of tokens: it could carry
+    the spread. It enters the mean token, and the predictor.
+
+    places: (context (B, Nc), targets (B, K, Nt), P), patch indices below P; or None if all images,
     on all ranks, have one mask, so that an index is a place. regularizer: (N, D) -> scalar, such as
     a SIGReg. Gradients flow through everything. Returns loss, prediction loss, SIGReg. ValueError
-    for another `on`.
+    for another `error` or `on`.
     """
-    if on not in ("pooled", "tokens"):
-        raise ValueError(f"sigreg.py: on must be pooled or tokens, got {on!r}")
+    if on not in ("context", "pooled", "tokens"):
+        raise ValueError(f"sigreg.py: on must be context, pooled or tokens, got {on!r}")
     context, target = z_context[:, 1:], z_target[:, :, 1:]
-    if relative or on == "tokens":
-        at_context, at_targets, num_patches = masks or (None, None, None)
+    samples = [mean_token(z_context) if on == "context" else mean_token(z_context, z_target)]
+    if error == "relative" or on == "tokens":
+        at_context, at_targets, num_patches = places or (None, None, None)
         c, t = centre(context, at_context, num_patches), centre(target, at_targets, num_patches)
-    if on == "tokens":
-        samples = [c.flatten(0, 1), t.flatten(0, 2)]
-    else:
-        samples = [mean_token(z_context, z_target)]
+        samples = [c.flatten(0, 1), t.flatten(0, 2)] if on == "tokens" else samples
+        context, target = (c, t) if error == "relative" else (context, target)
     reg = sum(regularizer(z) for z in samples) / len(samples)
-    context, target = (c, t) if relative else (context, target)
-    pred = prediction_loss(z_pred, target, relative)
+    pred = prediction_loss(z_pred, target, error)
     if z_back is not None:
         context = context[:, None].expand_as(z_back)
-        pred = (pred + prediction_loss(z_back, context, relative)) / 2
+        pred = (pred + prediction_loss(z_back, context, error)) / 2
     return pred + lam * reg, pred, reg
 
 
@@ -262,27 +268,35 @@ def centre(z, places=None, num_places=None):
     return z - matmul(at, total / count.clamp_min(1)[:, None]).view_as(z)
 
 
-def mean_token(z_context, z_target):
-    """Mean token of each image, both branches: (B, 1 + Nc, D), (B, K, 1 + Nt, D) -> (B, D)."""
-    return wide(torch.cat([z_context, z_target.flatten(1, 2)], dim=1)).mean(1)
+def mean_token(*tokens):
+    """Mean of all tokens of each image: (B, 1 + Nc, D), (B, K, 1 + Nt, D), ... -> (B, D)."""
+    return wide(torch.cat([z.flatten(1, -2) for z in tokens], dim=1)).mean(1)
 
 
-def prediction_loss(z_pred, z_target, relative=False):
-    """Mean squared error over all elements of the global batch, gradients to both sides.
+def prediction_loss(z_pred, z_target, error="mse"):
+    """The error of a prediction over the global batch, gradients to both sides.
 
-        relative:  sum |z_pred - z_target|^2 / sum |z_target|^2
+        mse         mean (z_pred - z_target)^2, over all elements
+        norm        mean |z_pred - z_target|^2, over all tokens: D times mse
+        relative    sum |z_pred - z_target|^2 / sum |z_target|^2
+        smooth_l1   mean of e^2 / 2 where |e| = |z_pred - z_target| < 1, else of |e| - 1/2
 
     For centred targets the relative loss is the share of their variance left unexplained: 1 for
-    predicting their mean. z_pred, z_target of one shape -> scalar >= 0; ValueError for two shapes.
+    predicting their mean. z_pred, z_target (..., D) of one shape -> scalar >= 0; ValueError for two
+    shapes, or for another error.
     """
     if z_pred.shape != z_target.shape:
         shapes = f"{tuple(z_pred.shape)} and {tuple(z_target.shape)}"
         raise ValueError(f"sigreg.py: z_pred and z_target differ in shape: {shapes}")
+    if error not in ("mse", "norm", "relative", "smooth_l1"):
+        raise ValueError(f"sigreg.py: no error {error!r}: mse, norm, relative or smooth_l1")
     z_pred, z_target = wide(z_pred), wide(z_target)
-    error, scale = (z_pred - z_target).square().sum(), z_target.square().sum()
-    error, scale, n = sum_over_ranks(error, scale, z_target.new_full((), z_target.numel()))
-    # targets that are all equal have nothing to predict; tiny avoids 0 / 0
-    return error / (scale.clamp_min(torch.finfo(scale.dtype).tiny) if relative else n)
+    distance = F.smooth_l1_loss if error == "smooth_l1" else F.mse_loss
+    total, scale = distance(z_pred, z_target, reduction="sum"), z_target.square().sum()
+    total, scale, n = sum_over_ranks(total, scale, z_target.new_full((), z_target.numel()))
+    if error == "relative":  # targets that are all equal have nothing to predict: no 0 / 0
+        return total / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return total / n * (z_target.shape[-1] if error == "norm" else 1)
 
 
 def _moments(z, dtype=torch.float32):

@@ -116,7 +116,7 @@ def test_degenerate_batches_are_finite(name, z, collapsed, dtype):
     for loss in (sigreg.spectral_sigreg, sigreg.legendre_sigreg, sketched, sigreg.embedding_std):
         value, grad = gradient(loss, z)
         assert value.isfinite() and grad.isfinite().all() and value.dtype != torch.bfloat16
-    flat = lambda z: sigreg.prediction_loss(z, z.new_zeros(z.shape), relative=True)
+    flat = lambda z: sigreg.prediction_loss(z, z.new_zeros(z.shape), "relative")
     assert gradient(flat, torch.zeros_like(z))[1].isfinite().all()  # nothing to predict
     value, grad = gradient(sigreg.spectral_sigreg, z)
     size = z.float().abs().max().clamp_min(1e-6)
@@ -186,31 +186,42 @@ def test_sigreg_by_name_draws_once_a_step():
 
 
 @pytest.mark.parametrize("own_masks", [False, True])
-@pytest.mark.parametrize("on, relative", [("pooled", False), ("tokens", True)])
-def test_masked_loss_is_its_definition(on, relative, own_masks):
-    """Source A to the letter, and the default with both directions, against plain restatements."""
+@pytest.mark.parametrize(
+    "on, error",
+    [("pooled", "mse"), ("context", "norm"), ("tokens", "relative"), ("tokens", "smooth_l1")],
+)
+def test_masked_loss_is_its_definition(on, error, own_masks):
+    """Source A's two readings, and the default with both directions, against restatements."""
+    relative = error == "relative"
     shapes = [(20, 1 + 4, 5), (20, 2, 1 + 3, 5), (20, 2, 3, 5)] + [(20, 2, 4, 5)] * relative
     z = [gaussian(20, math.prod(s[1:]), i).view(s).requires_grad_() for i, s in enumerate(shapes)]
     z_context, z_target, z_pred, *z_back = z
     at = torch.stack([torch.randperm(12, generator=generator(i)) for i in range(20)])
     places = (at[:, :4], at[:, 4:10].view(20, 2, 3), 12) if own_masks else None
     regularizer = sigreg.spectral_sigreg_plain
-    settings = {"regularizer": regularizer, "relative": relative, "on": on}
-    loss = sigreg.masked_loss(*z, masks=places, lam=0.5, **settings)
+    settings = {"regularizer": regularizer, "error": error, "on": on}
+    loss = sigreg.masked_loss(*z, places=places, lam=0.5, **settings)
     context, target = z_context[:, 1:], z_target[:, :, 1:]
     c, t = context - context.mean(0), target - target.mean(0)
     for x, centred, indices in ((context, c, at[:, :4]), (target, t, at[:, 4:10].view(20, 2, 3))):
         for place in range(12 * own_masks):  # less the mean of all tokens with its patch index
             here = indices == place
             centred[here] = x[here] - x[here].mean(0)
-    samples = [torch.cat([z_context, z_target.flatten(1, 2)], dim=1).mean(1)]
-    samples = samples if on == "pooled" else [x.reshape(-1, 5) for x in (c, t)]
+    pooled = torch.cat([z_context, z_target.flatten(1, 2)], dim=1).mean(1)
+    tokens = [x.reshape(-1, 5) for x in (c, t)]
+    samples = {"pooled": [pooled], "context": [z_context.mean(1)], "tokens": tokens}[on]
     reg = sum(regularizer(x) for x in samples) / len(samples)
     if relative:
         pairs = (z_pred, t), (z_back[0], c[:, None].expand(-1, 2, -1, -1))
         pred = sum((p - x).square().sum() / x.square().sum() for p, x in pairs) / 2
     else:
-        pred = (z_pred - target).square().mean()
+        gap = (z_pred - target).abs()
+        huber = torch.where(gap < 1, gap.square() / 2, gap - 0.5)
+        pred = {
+            "mse": gap.square().mean(),
+            "norm": gap.square().sum(-1).mean(),
+            "smooth_l1": huber.mean(),
+        }[error]
     wanted = pred + 0.5 * reg, pred, reg
     for value, expected in zip(loss, wanted, strict=True):
         assert value.item() == pytest.approx(expected.item(), rel=1e-10)
@@ -237,13 +248,14 @@ def test_multi_view_loss_is_its_definition(views, num_global):
 
 def test_losses_name_what_is_wrong():
     z, views = torch.zeros(3, 4), torch.zeros(4, 5, 3)
-    masked = {"lam": 1, "masks": None, "relative": False, "regularizer": sketched}
+    masked = {"lam": 1, "error": "mse", "regularizer": sketched}
     for call, says in (
         (lambda: sigreg.spectral_sigreg(torch.zeros(3)), "float tensor"),
         (lambda: sigreg.legendre_sigreg(torch.zeros(0, 4)), "N above 0"),
         (lambda: sigreg.sketched_sigreg(z, torch.zeros(5, 6)), "directions"),
         (lambda: sigreg.spectral_sigreg(z.long()), "float tensor"),
         (lambda: sigreg.prediction_loss(z, torch.zeros(3, 5)), "shape"),
+        (lambda: sigreg.prediction_loss(z, z, "l2"), "relative or smooth_l1"),
         (lambda: sigreg.multi_view_loss(views, 0, 0.1, sketched), "1 to V"),
         (lambda: sigreg.multi_view_loss(views, 9, 0.1, sketched), "1 to V"),
         (lambda: sigreg.masked_loss(z, z, z, on="token", **masked), "pooled or tokens"),
@@ -263,14 +275,14 @@ def test_non_finite_input_gives_nan_not_an_exception():
 DIRECTIONS = sigreg.random_directions(12, 16, seed=0)
 
 
-def masked(z, own_masks, relative=True, on="tokens"):
+def masked(z, own_masks, error="relative", on="tokens"):
     """masked_loss of rows z (N, 12), each an image of four tokens, masked by what the row is."""
     order = z.detach()[:, :5].argsort(1)
     places = (order[:, :3], order[:, None, 3:], 5) if own_masks else None
     z = z.view(-1, 4, 3)
     embeddings = z, z.cos()[:, None, :3], z.sin()[:, None, :2], z.exp()[:, None, :3]
-    settings = {"lam": 0.7, "regularizer": sigreg.legendre_sigreg, "relative": relative, "on": on}
-    return sigreg.masked_loss(*embeddings, masks=places, **settings)[0]
+    settings = {"lam": 0.7, "regularizer": sigreg.legendre_sigreg, "error": error, "on": on}
+    return sigreg.masked_loss(*embeddings, places=places, **settings)[0]
 
 
 def whole_images(z):
@@ -289,7 +301,8 @@ LOSSES = {  # z (N, 12) -> scalar; over ranks, in autocast, compiled
     "sketched": lambda z: sigreg.sketched_sigreg(z, DIRECTIONS),
     "masked": lambda z: masked(z, own_masks=False),
     "masks of their own": lambda z: masked(z, own_masks=True),
-    "pooled": lambda z: masked(z, own_masks=False, relative=False, on="pooled"),
+    "pooled": lambda z: masked(z, own_masks=False, error="norm", on="pooled"),
+    "context": lambda z: masked(z, own_masks=False, error="smooth_l1", on="context"),
     "whole images": whole_images,
     "crops": crops,
     "std": sigreg.embedding_std,
@@ -403,6 +416,33 @@ def test_block_masks_are_blocks_of_the_asked_size(monkeypatch):
     assert abs(np.mean(ratios)) < 0.08  # log-uniform: wide ones as often as high ones
     # independent draws; I-JEPA's one draw for both gives 1.0. Standard error: 1 / sqrt(300) = 0.06
     assert abs(np.corrcoef(sizes, ratios)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("grid", [2, 3, 8, 14])
+def test_random_masks_are_scattered(grid):
+    for seed, targets, least in itertools.product(range(5), (1, 4), (0.1, 0.5, 1.0)):
+        args = 40, grid, targets, (0.15, 0.3), least, generator(seed)
+        context, target = masks.random_masks(*args)
+        assert context.shape[0] == 40 and target.shape[:2] == (40, targets)
+        assert context.shape[1] >= min(max(round(least * grid**2), 1), grid**2 - 1)
+        both = torch.cat([context, target[:, 0]], dim=1)  # of an image, all different, in order
+        assert all(len({*row}) == len(row) and max(row) < grid**2 for row in both.tolist())
+        assert (context.diff() > 0).all() and (target.diff() > 0).all()
+        assert not (context[:, :, None] == target.flatten(1)[:, None]).any()
+        again = masks.random_masks(*args[:5], generator(seed))
+        assert torch.equal(context, again[0]) and torch.equal(target, again[1])
+    _, target = masks.random_masks(400, 8, 4, (0.15, 0.15), 0.25, generator())
+    assert all(len({*row}) == 40 for row in target.flatten(1).tolist())  # targets share no patch
+    count = target.flatten().bincount(minlength=64)  # each patch as often as any
+    assert count.min() > 0.8 * count.max()
+
+
+@pytest.mark.parametrize("grid", [4, 8, 14, 32])
+def test_rounding_moves_a_block_by_half_a_patch(grid):
+    for share, aspect in itertools.product(np.linspace(0.1, 0.5, 41), np.linspace(0.75, 1.5, 41)):
+        height, width = masks._block_size(grid, share, aspect)
+        assert abs(height - grid * math.sqrt(share * aspect)) <= 0.5 + 1e-9
+        assert abs(height * width - share * grid**2) <= height / 2 or width == grid
 
 
 def test_blocks_have_places_of_their_own_and_contexts_do_not_starve(monkeypatch):
@@ -596,9 +636,9 @@ def step_gradients(flags, at_once, dtype):
     images = torch.from_numpy(np.stack([train.Shapes()[i][0] for i in range(25)]))
     images, mine = images.permute(0, 3, 1, 2), torch.arange(25)
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
-    views, drawn = train.draw(args, [images], crops, mine, encoder, seed=5)
+    views, drawn = train.draw(args, [images], crops, mine, encoder, step=5)
     embeddings = net([view.to(dtype) for view in views], *drawn)
-    loss, _ = train.loss_of(args, embeddings, drawn, encoder, seed=5)
+    loss, _ = train.loss_of(args, embeddings, drawn, encoder, step=5)
     loss.backward()
     parameters = [*net.parameters()]
     assert all(p.grad is not None for p in parameters)
@@ -625,11 +665,13 @@ def test_micro_batches_have_the_gradient_of_the_batch(flags):
     assert off(pieces, whole) <= 1e-5
 
 
-MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none|--sigreg-on tokens
+MATTERS = """--pred norm|--pred smooth_l1|--sigreg-on context
+--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none|--sigreg-on tokens
 --pred relative|--directions both|--targets full|--predictor transformer|--seed 1
---masks-per batch|--num-targets 3|--min-context 0.6|--target-scale 0.2 0.2|--augment color
+--masks random|--masks-per batch|--num-targets 3|--min-context 0.1|--target-scale 0.2 0.2
+--augment color
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
---recipe crops --proj-dim 8|--recipe crops --augment color
+--recipe crops --proj-dim 8|--recipe crops --pool cls|--recipe crops --augment color
 --sigreg-on tokens --masks-per batch|--image-loss 1|--image-loss 2|--image-loss 1 --slices 9
 --predictor-size 2|--predictor transformer --predictor-size 2"""
 
@@ -655,7 +697,8 @@ def log_of(path):
     return [json.loads(line) for line in Path(path).with_suffix(".jsonl").read_text().splitlines()]
 
 
-def same_weights(a, b, parts=("encoder", "predictor")):
+def same_weights(a, b):
+    parts = a.keys() - {"optimizer", "step", "args"}
     return all(torch.equal(a[part][key], b[part][key]) for part in parts for key in a[part])
 
 
@@ -706,18 +749,47 @@ def test_log_and_checkpoint(trained):
 
 def test_learning_rate_is_a_function_of_the_step(tmp_path, few_shapes):
     assert {train.learning_rate(step, 100, 0.1) for step in (1, 50, 100)} == {0.1}
-    flags = "--schedule cosine --warmup-epochs 1 --batch-size 300 --steps 4 --log-every 1"
+    flags = "--schedule cosine --warmup-epochs 1 --batch-size 300 --steps 4 --log-every 1 "
+    flags += "--weight-decay 0.04 --weight-decay-end 0.4 --ema 0.9 --ema-end 1"
     run_train(tmp_path / "ckpt.pt", flags)  # two steps an epoch
     rows = log_of(tmp_path / "ckpt.pt")[1:]
-    assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 5e-4, 0], abs=1e-9)
+    assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 5.005e-4, 1e-6])
     assert [row["epoch"] for row in rows] == [0, 0, 1, 1]
+    refuse(train.main, [*TINY, *f"{flags} --steps 5 --ckpt {tmp_path}/ckpt.pt".split()], "steps=4")
+    args, found = filled(flags), []
+    optimizer = train.build(args, CPU)[1]["optimizer"]
+    for step in (1, 2, 4):
+        train.set_rate_and_decay(args, optimizer, step, 4, 2)
+        found += [[group["weight_decay"] for group in optimizer.param_groups]]
+    rising = [0.04 + 0.36 * (1 - math.cos(math.pi * step / 4)) / 2 for step in (1, 2, 4)]
+    assert found == [[0, pytest.approx(decay)] for decay in rising]
+    assert [train.between(0.9, end, 0.5) for end in (None, 1)] == pytest.approx([0.9, 0.95])
 
 
-def test_every_step_and_seed_draws_anew(monkeypatch, tmp_path, few_shapes):
-    honest, seeds = train.draw, []
-    monkeypatch.setattr(train, "draw", lambda *a: seeds.append(a[-1]) or honest(*a))
-    run_train(tmp_path / "a.pt", "--steps 3"), run_train(tmp_path / "b.pt", "--steps 3 --seed 1")
-    assert len({*seeds}) == 6
+def test_every_step_seed_and_purpose_draws_anew(monkeypatch, tmp_path, few_shapes):
+    honest, seeds = train.seed_of, {}
+
+    def spy(*key):
+        assert key not in seeds or key[0] == "masks" and key[2] == 0  # which build checks
+        return seeds.setdefault(key, honest(*key))
+
+    monkeypatch.setattr(train, "seed_of", spy)
+    for seed in (0, 1):
+        run_train(
+            tmp_path / f"{seed}.pt", f"--augment color --image-loss 1 --steps 3 --seed {seed}"
+        )
+    assert {key[0] for key in seeds} == {*train.PURPOSES}
+    draws = torch.stack([torch.rand(1000, generator=generator(seed)) for seed in seeds.values()])
+    together = draws.corrcoef().fill_diagonal_(0).abs().max()
+    assert together < 0.2  # 6 standard deviations
+
+
+def test_first_weights_depend_on_seed_and_architecture_alone():
+    same = "", "--num-targets 3", "--target-scale 0.2 0.3", "--masks-per batch", "--image-loss 1"
+    weights = [train.build(filled(flags), CPU)[0].predictor.fc1.weight for flags in same]
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+    other = train.build(filled("--seed 1"), CPU)[0].predictor.fc1.weight
+    assert not torch.equal(other, weights[0])
 
 
 def test_matrices_decay_alone():
@@ -730,7 +802,7 @@ def test_matrices_decay_alone():
 
 
 def test_teacher_makes_the_targets_and_follows_after_the_step(tmp_path, few_shapes):
-    saved = run_train(tmp_path / "ckpt.pt", "--steps 1 --ema 0.9")
+    saved = run_train(tmp_path / "ckpt.pt", "--steps 1 --ema 0.8 --ema-end 0.9")
     torch.manual_seed(0)
     for name, start in model.vit("vit_n8", 32).state_dict().items():
         wanted = start.lerp(saved["encoder"][name], 0.1)
@@ -752,7 +824,7 @@ def test_longer_runs_continue_and_others_are_refused(trained, tmp_path, capsys, 
     flags = "--image-loss 1 --steps "  # its head is in the checkpoint
     short, whole = tmp_path / "short.pt", run_train(tmp_path / "whole.pt", f"{flags} 6")
     run_train(short, f"{flags} 3")
-    assert same_weights(run_train(short, f"{flags} 6"), whole, ("encoder", "image_head"))
+    assert same_weights(run_train(short, f"{flags} 6"), whole) and "image_head" in whole
     longer = run_train(path, "--steps 10 --save-every 4 --log-every 5 --workers 1")
     assert same_weights(longer, run_train(tmp_path / "straight.pt", "--steps 10"))
 
@@ -781,7 +853,7 @@ def test_a_stopped_run_continues_bit_by_bit(tmp_path):
             assert process.returncode == 0 and "same command continues" in rest and not errors
         assert 4 <= torch.load(cut, weights_only=True)["step"] < 14
         again = run_train(cut, mine)
-        assert same_weights(whole, again, ("encoder", "predictor", "teacher"))
+        assert same_weights(whole, again) and "teacher" in whole
         assert [row.get("step") for row in log_of(cut)] == [None, *range(1, 15)]
 
 
@@ -866,6 +938,9 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --stop-grad --image-loss 1 | --stop-grad.*--image-loss 0
 --recipe crops --image-loss 1 | crops does not take --image-loss
 --ema 1 | --ema below 1
+--ema 0.9 --ema-end 1.5 | --ema-end at most 1
+--ema-end 1 | --ema-end goes with --ema
+--pool cls | masked does not take --pool
 --lr 0 | --lr must be above 0
 --warmup-epochs inf | must be at least 0, and finite
 --recipe crops --augment none | --augment crop or color
@@ -1041,6 +1116,15 @@ def test_photometric_is_torchvisions_with_the_same_factors():
         assert ((got - image).abs() < 1e-5).logical_or(near).all()
 
 
+@pytest.mark.parametrize("side, width", [(12, 0.80), (32, 1.29), (224, 2.00)])
+def test_blur_is_as_wide_as_its_docstring_says(side, width):
+    x = torch.zeros(1, 1, side, side)
+    x[..., side // 2, side // 2] = 1
+    profile = train.blur(x, torch.tensor([[2.0]]))[0, 0].sum(0)
+    offsets = torch.arange(side) - side // 2
+    assert (profile @ offsets.square().float()).sqrt().item() == pytest.approx(width, abs=0.005)
+
+
 def test_hue_turns_by_its_angle():
     x, u = 0.4 + 0.2 * torch.rand(9, 3, 4, 4, generator=generator()), torch.full((9, 9), 0.5)
     u[:, 3] = torch.linspace(0, 1, 9)
@@ -1137,7 +1221,7 @@ def run_probe(capsys, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-FROZEN = "--untrained --image-size 48 --layers 1", "--pool cls --layers 2"
+FROZEN = "--untrained --image-size 48 --layers 1 --shots 1 2", "--pool cls --layers 2"
 
 
 @pytest.mark.parametrize("flags", [*FROZEN, "--finetune --steps 3 --batch-size 64"])
@@ -1154,6 +1238,7 @@ def test_probes_print_and_leave_the_encoder_alone(trained, capsys, monkeypatch, 
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     assert (result["train"], result["val"]) == (600, 200)
     assert ("knn" in result and 1 <= result["erank"] <= 256) == (flags in FROZEN)
+    assert ("1-shot" in result and "2-shot" in result) == ("--shots" in flags)
 
 
 def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, few_shapes):
@@ -1172,6 +1257,33 @@ def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, fe
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert results[0]["linear"] != results[1]["linear"]
     assert results[0]["linear_held_out"] == results[1]["linear_held_out"]
+
+
+def test_few_shots_are_so_many_of_each_class(monkeypatch):
+    x, y = gaussian(90, 5).float(), torch.arange(90) % 3
+    honest, drawn = probe.fit_heads, []
+    keep = lambda *a: drawn.append(a[4].tolist()) or honest(*a)
+    monkeypatch.setattr(probe, "fit_heads", keep)
+    x[:, :3] += 30 * torch.nn.functional.one_hot(y)
+    found = probe.few_shot_probe(x, y, x, y, 4, seed=1)
+    assert found["4-shot"] > 95 and "3 draws" in found["4-shot_how"]
+    assert all(y[rows].bincount().tolist() == [4, 4, 4] for rows in drawn)
+    assert len({tuple(sorted(rows)) for rows in drawn}) == 3
+    with pytest.raises(ValueError, match="--shots 31, but a class has fewer"):
+        probe.few_shot_probe(x, y, x, y, 31)
+
+
+def test_what_was_trained_is_what_is_read(tmp_path, capsys, few_shapes, monkeypatch):
+    path = tmp_path / "teacher.pt"
+    saved, read = run_train(path, "--steps 2 --ema 0.9"), []
+    monkeypatch.setattr(probe, "frozen_probes", lambda encoder, *_: read.append(encoder) or {})
+    for flags, part in (([], "teacher"), (["--student"], "encoder")):
+        assert run_probe(capsys, path, *flags)["part"] == part
+        assert torch.equal(read[-1].cls_token, saved[part]["cls_token"])
+    path = tmp_path / "crops.pt"
+    run_train(path, "--steps 1 --recipe crops --pool cls --local-views 0")
+    assert run_probe(capsys, path)["pool"] == "cls"
+    refuse(probe.main, [path, "--pool", "avg"], "trained with --pool cls: --pool avg had no grad")
 
 
 def test_both_readouts_from_one_pass(trained, capsys, few_shapes):
@@ -1196,7 +1308,7 @@ def test_two_ranks_probe_what_one_does(trained, tmp_path, capsys):
 
 def test_finetuning_learns_slower_below_and_decays_matrices():
     encoder = small_vit()
-    net = probe.Classifier(encoder, 10)
+    net = probe.Classifier(encoder, 10, "avg")
     groups = probe.layer_groups(encoder, net.head, 1e-3, 0.1)
     named = [*encoder.named_parameters(), *net.head.named_parameters()]
     for (name, p), group in zip(named, groups, strict=True):
@@ -1210,6 +1322,7 @@ def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
     """In training mode; scored are the tuned weights, in evaluation mode."""
     flags = "x --finetune --steps 3 --batch-size 32 --lr 0.01 --device cpu --workers 0"
     options, start, modes, nets = probe.parse_args(flags.split()), small_vit().eval(), [], []
+    options.pool = "avg"
     build = probe.Classifier
     monkeypatch.setattr(probe, "Classifier", lambda *a: nets.append(build(*a)) or nets[-1])
     start.blocks[0].register_forward_hook(lambda module, *_: modes.append(module.training))
@@ -1224,6 +1337,9 @@ def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
 
 
 BAD_PROBES = """--layers 9 | vit_n8 has 4 blocks
+--student | ckpt.pt has no teacher
+--shots 0 | --shots: 0 must be at least 1
+--shots 99 | --shots 99, but a class has fewer
 --image-size 36 | 36, 36.* px are not whole patches of 8 x 8
 --lr -1 | --lr: -1 must be at least 0
 --epochs x | invalid positive value

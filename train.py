@@ -48,7 +48,7 @@ from torchvision.transforms import v2
 
 import model
 import sigreg
-from masks import multi_block_masks
+from masks import multi_block_masks, random_masks
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -65,23 +65,23 @@ def train(args, data, device, rank, world):
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
     batches, device_crops = load(args, data, done, total, rows, device)  # crops left to draw
     log = Log(args, parts, done, total) if rank == 0 else None
-    net = parallel(net, args, device)
-    update_teacher = get_ema_multi_avg_fn(args.ema)
+    compile_method(net, args)
+    net = parallel(net, device)
     caught = catch_signals()
     for step, images in enumerate(batches, done + 1):
-        seed = args.seed * 100_003 + step  # so no two --seeds share one for 100,003 steps
-        views, masks = draw(args, images, device_crops, rows, encoder, seed)
-        torch.manual_seed(seed * world + rank)  # each rank its own, for dropout in backbones
+        views, masks = draw(args, images, device_crops, rows, encoder, step)
+        torch.manual_seed(seed_of("network", args.seed, step, rank))  # dropout in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             embeddings = net(views, *masks)
-        loss, terms = loss_of(args, embeddings, masks, encoder, seed)
+        loss, terms = loss_of(args, embeddings, masks, encoder, step)
         loss.backward()  # every rank has the global batch's loss: see sigreg.py
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, args.lr, warmup, args.schedule)
+        set_rate_and_decay(args, optimizer, step, total, warmup)
         optimizer.step()
         optimizer.zero_grad()
         if teacher:  # --ema, for comparison with I-JEPA
-            update_teacher(list(teacher.parameters()), list(encoder.parameters()), None)
+            momentum = between(args.ema, args.ema_end, step / total)
+            follow = get_ema_multi_avg_fn(momentum)
+            follow(list(teacher.parameters()), list(encoder.parameters()), None)
         stop = on_any_rank(caught, world)
         log_now = step % args.log_every == 0 or step == total
         save_now = step % args.save_every == 0 or step == total or stop
@@ -99,6 +99,20 @@ def train(args, data, device, rank, world):
 
 
 # ----------------------------------------------------- what the loop is made of, in order of use
+PURPOSES = "order crops masks colours directions network".split()
+
+
+def seed_of(purpose, *numbers):
+    """The seed of what is drawn for a purpose, from --seed and the step, the epoch, the image's
+    number ...: a hash, so that no two draws share their random numbers."""
+    key = 1 + PURPOSES.index(purpose), *numbers
+    return int(np.random.SeedSequence(key).generate_state(1)[0])  # torch keeps 32 bits on CPUs
+
+
+def generator_of(purpose, *numbers):
+    return torch.Generator().manual_seed(seed_of(purpose, *numbers))
+
+
 def build(args, device):
     """The method as one module, and what a checkpoint holds by name: the module's children (such as
     encoder and predictor), and AdamW, which decays matrices alone."""
@@ -109,12 +123,12 @@ def build(args, device):
             wanted = f"a multiple of the patch of {args.model}"
             raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
         projector = model.projector(encoder.dim, args.proj_dim)
-        net = model.MultiView(encoder, projector, args.global_views, args.micro_batch)
+        net = model.MultiView(encoder, projector, args.global_views, args.micro_batch, args.pool)
     elif not hasattr(encoder, "grid"):
         lacks = f"--recipe masked needs patch tokens, which {args.model} lacks"
         raise ValueError(f"train.py: {lacks}; take vit_{{n,t,s,b,l,h}}{{patch}} or --recipe crops")
     else:
-        draw_masks(args, encoder.grid, 1)  # ValueError where the settings are impossible
+        draw_masks(args, encoder.grid, 1, step=0)  # ValueError where the settings are impossible
         make = model.MLPPredictor if args.predictor == "mlp" else model.TransformerPredictor
         predictor = make(encoder.dim, encoder.grid**2, args.predictor_size)
         head = model.image_head(encoder.dim) if args.image_loss else None
@@ -122,29 +136,34 @@ def build(args, device):
         heuristics = args.stop_grad, teacher, args.targets == "full"
         both = args.directions == "both"
         net = model.Masked(encoder, predictor, head, both, *heuristics, args.micro_batch)
-    on_gpu, groups = device.type == "cuda", ([], [])
+    on_gpu, matrices, others = device.type == "cuda", [], []
     net.to(device)
     if on_gpu and not hasattr(encoder, "blocks"):
         encoder.to(memory_format=torch.channels_last)
     for name, p in net.named_parameters():
         if p.requires_grad:  # not the teacher's
-            groups[name.endswith("weight") and p.ndim >= 2].append(p)
-    groups = [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}]
+            (matrices if name.endswith("weight") and p.ndim >= 2 else others).append(p)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": matrices}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=on_gpu)
     return net, {**dict(net.named_children()), "optimizer": optimizer}
 
 
-def parallel(net, args, device):
-    """The module as the loop calls it: compiled, and over all ranks; `parts` keep their names."""
-    if getattr(args, "compile", False):  # mask sizes change with the step, crops have two
-        dynamic, old = args.recipe == "masked", torch.__version__ < "2.14"
-        # with these torch 2.11 crashes on GPUs where sizes change (pytorch #181563), 2.14 does not
-        off = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
-        options = off if dynamic and old else None
-        if args.micro_batch:  # checkpoints stay outside of what is compiled
-            net.embed = torch.compile(net.embed, dynamic=dynamic, options=options)
-        else:
-            net.compile(dynamic=dynamic, options=options)
+def compile_method(net, args):
+    """--compile: torch.compile, in place. Mask sizes change with the step, crops have two."""
+    if not args.compile:
+        return
+    dynamic, old = args.recipe == "masked", torch.__version__ < "2.14"
+    # with these torch 2.11 crashes on GPUs where sizes change (pytorch #181563), 2.14 does not
+    off = {"triton.coalesce_tiling_analysis": False, "triton.mix_order_reduction": False}
+    options = off if dynamic and old else None
+    if args.micro_batch:  # checkpoints stay outside of what is compiled
+        net.embed = torch.compile(net.embed, dynamic=dynamic, options=options)
+    else:
+        net.compile(dynamic=dynamic, options=options)
+
+
+def parallel(net, device):
+    """The module as the loop calls it, over all ranks; the parts keep their names."""
     if dist.is_initialized():
         on_gpu = device.type == "cuda"
         if on_gpu:  # batch norm over the global batch, as SIGReg is
@@ -154,14 +173,15 @@ def parallel(net, args, device):
     return net
 
 
-def draw_masks(args, grid, count, generator=None):
+def draw_masks(args, grid, count, step):
     """context (count, Nc), targets (count, K, Nt) on the CPU, as the flags ask for."""
+    make = multi_block_masks if args.masks == "blocks" else random_masks
     sizes = args.num_targets, args.target_scale, args.min_context
-    return multi_block_masks(count, grid, *sizes, generator)
+    return make(count, grid, *sizes, generator_of("masks", args.seed, step))
 
 
-def draw(args, images, device_crops, rows, encoder, seed):
-    """Views and masks of a step: a function of its seed and of the images.
+def draw(args, images, device_crops, rows, encoder, step):
+    """Views and masks of a step: a function of --seed, the step and the images.
 
     images: uint8 tensors of this rank's B images, on the device. If the loader has cropped them,
     they are the global crops (B, G, 3, S, S) and the local ones (B, L, 3, s, s), if any, in a list,
@@ -173,19 +193,20 @@ def draw(args, images, device_crops, rows, encoder, seed):
     (B, Nc), targets (B, K, Nt)) on the device, or () for crops.
     """
     device, count, masks = images[0].device, args.batch_size, ()
-    generator = torch.Generator().manual_seed(seed)
     images, views = [part / 255 for part in images], []
+    generator = generator_of("crops", args.seed, step)
     for number, size, *scale in device_crops:
         draws = torch.rand(number, count, 23, generator=generator)[:, rows]
         views += [resized_crop(images[0], send(u, device), size, scale) for u in draws]
     views = views or [view for part in images for view in part.unbind(1)]
     if args.recipe == "masked":
         different = count if args.masks_per == "image" else 1
-        masks = draw_masks(args, encoder.grid, different, generator)
+        masks = draw_masks(args, encoder.grid, different, step)
         masks = [send(m[rows % len(m)], device) for m in masks]
         views = [*views, *views]
     if args.augment == "color":  # blur and solarize with p 0.5 and 0.2 for crops alone
         more = (0.5, 0.2) if args.recipe == "crops" else (0, 0)
+        generator = generator_of("colours", args.seed, step)
         draws = send(torch.rand(len(views), count, 9, generator=generator)[:, rows], device)
         views = [photometric(x, u, *more) for x, u in zip(views, draws, strict=True)]
     return [normalize(view) for view in views], masks
@@ -196,16 +217,17 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def loss_of(args, embeddings, masks, encoder, seed):
+def loss_of(args, embeddings, masks, encoder, step):
     """The step's loss, and its terms by the names under which they are logged."""
+    seed = seed_of("directions", args.seed, step)
     regularizer = sigreg.SIGReg(args.sigreg, args.slices, seed)
     tokens, z = embeddings  # see Masked and MultiView
     if args.recipe == "crops":
         loss, pred, reg = sigreg.multi_view_loss(z, args.global_views, args.lam, regularizer)
         return loss, {"pred": pred, args.sigreg: reg}
     places = (*masks, encoder.grid**2) if args.masks_per == "image" else None
-    settings = {"lam": args.lam, "relative": args.pred == "relative", "on": args.sigreg_on}
-    loss, pred, reg = sigreg.masked_loss(*tokens, masks=places, regularizer=regularizer, **settings)
+    settings = {"lam": args.lam, "regularizer": regularizer, "error": args.pred}
+    loss, pred, reg = sigreg.masked_loss(*tokens, places=places, on=args.sigreg_on, **settings)
     terms = {"pred": pred, args.sigreg: reg}
     if args.image_loss:
         z, lam = sigreg.centre(z).transpose(0, 1), sketched_lam(args.batch_size)
@@ -216,10 +238,28 @@ def loss_of(args, embeddings, masks, encoder, seed):
 
 
 def learning_rate(step, total, lr, warmup=0, schedule="constant"):
-    """Rate of step 1 .. total: lr, a linear rise over `warmup` steps, then `schedule`."""
+    """Rate of step 1 .. total: lr, a linear rise over `warmup` steps, then `schedule`: constant, or
+    half a cosine to a thousandth of lr."""
     rise = min(step / warmup, 1) if warmup else 1
     progress = max(step - warmup, 0) / max(total - warmup, 1)
-    return lr * rise * {"constant": 1, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    return rise * (lr if schedule == "constant" else between(lr, lr / 1000, half_cosine(progress)))
+
+
+def between(start, end, progress):
+    """From start at progress 0 to end at 1; start throughout if there is no end."""
+    return start if end is None else start + (end - start) * progress
+
+
+def half_cosine(progress):
+    return (1 - math.cos(math.pi * progress)) / 2
+
+
+def set_rate_and_decay(args, optimizer, step, total, warmup):
+    """Sets the step's rate and weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, total, args.lr, warmup, args.schedule)
+    decay = between(args.weight_decay, args.weight_decay_end, half_cosine(step / total))
+    optimizer.param_groups[1]["weight_decay"] = decay  # of the matrices: see build
 
 
 SIGNALS = signal.SIGTERM, signal.SIGINT  # the run saves, then ends
@@ -317,7 +357,7 @@ def warn_of_small_sample(args, encoder):
     dim, count = args.proj_dim if args.recipe == "crops" else encoder.dim, args.batch_size
     if args.recipe == "masked" and args.sigreg_on == "tokens":
         count *= max(int(args.min_context * encoder.grid**2), 1)
-    if args.sigreg != "none" and count <= dim:
+    if args.sigreg in ("spectral", "legendre") and count <= dim:
         few = f"SIGReg sees {count} vectors of {dim} numbers a step, too few to be white"
         print(f"train.py: {few}: take a larger --batch-size or a narrower network")
 
@@ -373,7 +413,8 @@ def resume(args, parts, total, rank, world):
 def check_settings(path, before, now):
     """Exits where a command has other settings than the run that it would continue."""
     may_change = set(MAY_CHANGE.split())
-    if now["schedule"] == "cosine":  # its length is part of it
+    ends = now["weight_decay_end"], now["ema_end"]
+    if now["schedule"] == "cosine" or ends != (None, None):  # the length is part of it
         may_change -= {"epochs", "steps"}
     for name in [name for name in now if name not in may_change]:
         pair = before.get(name), now[name]
@@ -589,10 +630,8 @@ class Images(torch.utils.data.Dataset):
         image = v2.functional.to_image(image)
         if not self.crops:
             return [self.resize(image)[None]], label
-        # the transforms draw from torch's global generator, which keeps 32 bits of a seed
-        seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
+            torch.default_generator.manual_seed(seed_of("crops", self.seed, epoch, index))
             views = [[self.flip(crop(image)) for _ in range(n)] for n, crop in self.crops]
             return [torch.stack(kind) for kind in views], label
 
@@ -677,7 +716,11 @@ def gray(x, luma):
 
 
 def blur(x, sigma):
-    """Gaussian blur of x (B, 3, H, W), sigma (B, 1) pixels; 23 pixels wide at 224, as in DINO."""
+    """Gaussian blur of x (B, 3, H, W), sigma (B, 1) pixels, by a kernel of 2 round(S / 20) + 1.
+
+    That is SimCLR's tenth of the image, 23 pixels at 224. DINO has the same sigmas in pixels, but
+    Pillow's blur. The kernel cuts wide ones: at 32 px a sigma of 2 acts as 1.29, at 12 px as 0.80.
+    """
     radius = max(round(x.shape[-1] / 20), 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     weights = torch.exp(-offsets.square() / (2 * sigma.square()))  # (B, taps)
@@ -699,8 +742,8 @@ def batch_keys(num_images, batch_size, done, total, seed, rows):
     for step in range(done, total):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == done:
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            order = torch.randperm(num_images, generator=generator).tolist()
+            order = torch.randperm(num_images, generator=generator_of("order", seed, epoch))
+            order = order.tolist()
         yield [(epoch, order[i * batch_size + row]) for row in rows.tolist()]
 
 
@@ -749,9 +792,9 @@ def leave_signals(worker):
 # ------------------------------------------------------------------------------------ command line
 SIGREG = {"masked": "legendre", "crops": "sketched"}  # where --sigreg does not say
 UNUSED = {  # options that a recipe does not take
-    "masked": "global_views local_views local_size proj_dim",
-    "crops": "predictor predictor_size masks_per num_targets target_scale min_context pred "
-    "directions sigreg_on image_loss targets stop_grad ema",
+    "masked": "global_views local_views local_size proj_dim pool",
+    "crops": "predictor predictor_size masks masks_per num_targets target_scale min_context pred "
+    "directions sigreg_on image_loss targets stop_grad ema ema_end",
 }
 
 
@@ -809,22 +852,32 @@ def add_method(parser):
     add("--model", help="vit_n8 ..., resnet18 ... [vit_n8; vit_n4 up to 48 px, vit_n8; vit_s16]")
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
     add("--predictor-size", type=positive, default=4, help="mlp: width factor; else: blocks [4]")
+    add(
+        "--pool",
+        choices=["avg", "cls"],
+        default="avg",
+        help="crops: mean patch token, or CLS [avg]",
+    )
     add("--proj-dim", type=positive, default=64, help="crops: width of the projection [64]")
+    add("--masks", choices=["blocks", "random"], default="blocks", help="of patches [blocks]")
     add("--masks-per", choices=["batch", "image"], help="one mask for each [image; batch; batch]")
     add("--num-targets", type=positive, default=2, help="target blocks of an image [2]")
     add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
     add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
-    add("--pred", choices=["relative", "mse"], help="error / variance [mse; relative; relative]")
+    names = ["relative", "mse", "norm", "smooth_l1"]
+    add("--pred", choices=names, help="error, see sigreg.py [mse; relative; relative]")
     add("--directions", choices=["one", "both"], help="of prediction [one; both; both]")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
-    add("--sigreg-on", choices=["tokens", "pooled"], help="what it sees [pooled; tokens; tokens]")
+    names = ["tokens", "pooled", "context"]
+    add("--sigreg-on", choices=names, help="what it sees [pooled; tokens; tokens]")
     add("--lam", type=real, help="SIGReg's weight [1; crops: sketched 12.8 / batch, others 0.05]")
     add("--image-loss", type=real, help="weight of source B's loss on mean tokens [0; 1; 1]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: encode all [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
+    add("--ema-end", type=real, help="the momentum goes there, along a line [stays]")
     add("--slices", type=positive, default=1024, help="random directions of sketched SIGReg [1024]")
 
 
@@ -836,9 +889,15 @@ def add_run(parser):
     add("--epochs", type=positive, help="passes over the data [5; 100; 300]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
     add("--lr", type=real, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
-    add("--schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
+    add(
+        "--schedule",
+        choices=["constant", "cosine"],
+        default="constant",
+        help="cosine: to lr / 1000",
+    )
     add("--warmup-epochs", type=real, default=0.0, help="epochs in which the rate rises [0]")
     add("--weight-decay", type=real, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
+    add("--weight-decay-end", type=real, help="the decay goes there, along a cosine [stays]")
     add("--seed", type=natural, default=0, help="of all that is random [0]")
     add = parser.add_argument_group("run").add_argument
     add("--ckpt", default="ckpt.pt", help="written to, and continued from if it is there [ckpt.pt]")
@@ -872,8 +931,11 @@ def check(args):
     """Exits in one line where options are out of range or do not go together."""
     if not args.ckpt.endswith(".pt"):
         sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
-    if args.lr == 0 or args.ema >= 1 or args.seed >= 2**31:
-        sys.exit("train.py: --lr must be above 0, --ema below 1, --seed below 2^31")
+    if args.lr == 0 or args.ema >= 1 or (args.ema_end or 0) > 1 or args.seed >= 2**31:
+        least = "--lr must be above 0, --ema below 1, --ema-end at most 1"
+        sys.exit(f"train.py: {least}, --seed below 2^31")
+    if args.ema_end is not None and not args.ema:
+        sys.exit("train.py: --ema-end goes with --ema")
     if args.recipe == "crops" and args.augment == "none":
         sys.exit("train.py: --recipe crops always crops: take --augment crop or color")
     if one_way(args) and (args.directions == "both" or args.image_loss):
