@@ -645,11 +645,12 @@ def step_gradients(flags, at_once, dtype):
     return loss.detach(), torch.cat([p.grad.flatten() for p in parameters])
 
 
-TOKENS = "--sigreg-on tokens --directions both --pred relative --image-loss 1"
+LETTER = """--sigreg spectral --sigreg-on pooled --pred mse --masks-per image --directions one
+--num-targets 4 --target-scale 0.15 0.2 --min-context 0.25 --image-loss 0"""
 PIECES = [
-    "--sigreg spectral --augment color",
-    TOKENS,
-    f"--sigreg sketched --lam 0.1 --masks-per batch {TOKENS}",
+    "--augment color",
+    LETTER,
+    "--sigreg sketched --lam 0.1 --masks-per image --slices 32",
     "--recipe crops",
     "--stop-grad --targets full",
 ]
@@ -665,14 +666,13 @@ def test_micro_batches_have_the_gradient_of_the_batch(flags):
     assert off(pieces, whole) <= 1e-5
 
 
-MATTERS = """--pred norm|--pred smooth_l1|--sigreg-on context
---lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none|--sigreg-on tokens
---pred relative|--directions both|--targets full|--predictor transformer|--seed 1
---masks random|--masks-per batch|--num-targets 3|--min-context 0.1|--target-scale 0.2 0.2
---augment color
+MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none
+--sigreg-on pooled|--sigreg-on context|--pred mse|--pred norm|--pred smooth_l1
+--directions one|--targets full|--predictor transformer|--seed 1
+--masks random|--masks-per image|--num-targets 3|--target-scale 0.4 0.6
+--min-context 0.9|--augment color|--image-loss 0|--image-loss 2|--slices 9
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
 --recipe crops --proj-dim 8|--recipe crops --pool cls|--recipe crops --augment color
---sigreg-on tokens --masks-per batch|--image-loss 1|--image-loss 2|--image-loss 1 --slices 9
 --predictor-size 2|--predictor transformer --predictor-size 2"""
 
 
@@ -742,7 +742,8 @@ def test_log_and_checkpoint(trained):
     assert header["args"] == saved["args"] and "command" in header
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     for row in rows:
-        assert row["loss"] == pytest.approx(row["pred"] + row["legendre"], rel=1e-5)
+        terms = row["pred"] + row["legendre"] + row["image"]
+        assert row["loss"] == pytest.approx(terms, rel=1e-5)
         assert 1 <= row["erank"] <= 128 and row["std"] > 0 and row["images_per_s"] > 0
     assert not list(path.parent.glob("*.tmp"))
 
@@ -775,9 +776,7 @@ def test_every_step_seed_and_purpose_draws_anew(monkeypatch, tmp_path, few_shape
 
     monkeypatch.setattr(train, "seed_of", spy)
     for seed in (0, 1):
-        run_train(
-            tmp_path / f"{seed}.pt", f"--augment color --image-loss 1 --steps 3 --seed {seed}"
-        )
+        run_train(tmp_path / f"{seed}.pt", f"--augment color --steps 3 --seed {seed}")
     assert {key[0] for key in seeds} == {*train.PURPOSES}
     draws = torch.stack([torch.rand(1000, generator=generator(seed)) for seed in seeds.values()])
     together = draws.corrcoef().fill_diagonal_(0).abs().max()
@@ -785,7 +784,7 @@ def test_every_step_seed_and_purpose_draws_anew(monkeypatch, tmp_path, few_shape
 
 
 def test_first_weights_depend_on_seed_and_architecture_alone():
-    same = "", "--num-targets 3", "--target-scale 0.2 0.3", "--masks-per batch", "--image-loss 1"
+    same = "", "--num-targets 3", "--target-scale 0.4 0.6", "--masks-per image", "--image-loss 0"
     weights = [train.build(filled(flags), CPU)[0].predictor.fc1.weight for flags in same]
     assert all(torch.equal(weight, weights[0]) for weight in weights)
     other = train.build(filled("--seed 1"), CPU)[0].predictor.fc1.weight
@@ -821,12 +820,9 @@ def test_longer_runs_continue_and_others_are_refused(trained, tmp_path, capsys, 
     cosine = vars(filled("--schedule cosine --steps 4"))
     with pytest.raises(SystemExit, match="steps=2, this command says 4"):  # part of the cosine
         train.check_settings(path, cosine | {"steps": 2}, cosine)
-    flags = "--image-loss 1 --steps "  # its head is in the checkpoint
-    short, whole = tmp_path / "short.pt", run_train(tmp_path / "whole.pt", f"{flags} 6")
-    run_train(short, f"{flags} 3")
-    assert same_weights(run_train(short, f"{flags} 6"), whole) and "image_head" in whole
     longer = run_train(path, "--steps 10 --save-every 4 --log-every 5 --workers 1")
     assert same_weights(longer, run_train(tmp_path / "straight.pt", "--steps 10"))
+    assert "image_head" in longer
 
 
 def test_a_stopped_run_continues_bit_by_bit(tmp_path):
@@ -858,7 +854,7 @@ def test_a_stopped_run_continues_bit_by_bit(tmp_path):
 
 
 def test_two_ranks_train_what_one_does(tmp_path):
-    flags = "--weight-decay 0 --lr 1e-4 --no-amp --augment color --image-loss 1"
+    flags = "--weight-decay 0 --lr 1e-4 --no-amp --augment color"
     one = log_of(tmp_path / "one.pt") if run_train(tmp_path / "one.pt", flags) else None
     done = torchrun("train.py", *TINY, *flags.split(), "--ckpt", tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr
@@ -973,12 +969,10 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     assert chosen == [("vit_n4", 32, "color", 2e-3), ("vit_s16", 224, "none", 1e-3)]
     crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
     assert crops == [0.05, 0.0031] and filled("").lam == 1
-    terms = [filled(flags).image_loss for flags in ("--data x", "--data x --ema 0.9", "")]
-    assert terms == [1, 0, 0]
     assert filled("--recipe crops --sigreg legendre").lam == 0.05  # at 1 nothing is predicted
-    flags = "--data x", "--data x --ema 0.9", "", "--model vit_b16 --batch-size 64"
-    assert [filled(f).directions for f in flags] == ["both", "one", "one", "both"]
-    run_train(tmp_path / "b.pt", "--steps 1")
+    chosen = [(args.directions, args.image_loss) for args in map(filled, ("", "--ema 0.9"))]
+    assert chosen == [("both", 1), ("one", 0)]
+    run_train(tmp_path / "b.pt", "--steps 1 --sigreg-on pooled")
     said = capsys.readouterr().out
     assert "shapes, drawn here (--data FOLDER takes yours)" in said
     assert "32 vectors of 128 numbers a step, too few to be white" in said

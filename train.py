@@ -798,22 +798,6 @@ UNUSED = {  # options that a recipe does not take
 }
 
 
-# fmt: off
-DEFAULTS = {  # of the masked recipe, by the kind of data; more in defaults
-    #                shapes       up to 96 px  larger
-    "augment":      ("none",      "color",     "none"),
-    "masks_per":    ("image",     "batch",     "batch"),
-    "target_scale": ([0.4, 0.6],  [0.2, 0.3],  [0.2, 0.3]),
-    "pred":         ("mse",       "relative",  "relative"),
-    "directions":   ("one",       "both",      "both"),
-    "sigreg_on":    ("pooled",    "tokens",    "tokens"),
-    "image_loss":   (0.0,         1.0,         1.0),
-    "epochs":       (5,           100,         300),
-    "lr":           (1e-3,        2e-3,        1e-3),
-}
-# fmt: on
-
-
 class Parser(argparse.ArgumentParser):
     """argparse's, with one line for an error."""
 
@@ -841,15 +825,16 @@ def add_method(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10 ..., or a folder of train/ and val/")
     add("--data-root", default="data", help="where torchvision's data sets are downloaded to")
-    add("--image-size", type=positive, help="pixels [32; the images' own; 224]")
-    add("--augment", choices=["none", "crop", "color"], help="[none; color; none; crops color]")
+    add("--image-size", type=positive, help="pixels [the images' own; 224]")
+    names = ["none", "crop", "color"]
+    add("--augment", choices=names, help="[color; none; crops color, shapes none]")
     add("--global-views", type=positive, default=2, help="crops: views of 0.3 to 1 of an image [2]")
     add("--local-views", type=natural, default=6, help="crops: views of 0.05 to 0.3 of it [6]")
     add("--local-size", type=positive, help="crops: pixels of local views [0.43 of the image size]")
     add("--workers", type=natural, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
-    add("--model", help="vit_n8 ..., resnet18 ... [vit_n8; vit_n4 up to 48 px, vit_n8; vit_s16]")
+    add("--model", help="vit_n8 ..., resnet18 ... [vit_n4 up to 48 px, vit_n8; vit_s16]")
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
     add("--predictor-size", type=positive, default=4, help="mlp: width factor; else: blocks [4]")
     add(
@@ -860,20 +845,22 @@ def add_method(parser):
     )
     add("--proj-dim", type=positive, default=64, help="crops: width of the projection [64]")
     add("--masks", choices=["blocks", "random"], default="blocks", help="of patches [blocks]")
-    add("--masks-per", choices=["batch", "image"], help="one mask for each [image; batch; batch]")
+    names = ["batch", "image"]
+    add("--masks-per", choices=names, default="batch", help="one mask for each [batch]")
     add("--num-targets", type=positive, default=2, help="target blocks of an image [2]")
-    add("--target-scale", type=float, nargs=2, help="least, most of the image [photos: 0.2 0.3]")
+    scale, names = [0.2, 0.3], "of a target, of the image [0.2 0.3]"
+    add("--target-scale", type=float, nargs=2, default=scale, help=f"least, most {names}")
     add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
     names = ["relative", "mse", "norm", "smooth_l1"]
-    add("--pred", choices=names, help="error, see sigreg.py [mse; relative; relative]")
-    add("--directions", choices=["one", "both"], help="of prediction [one; both; both]")
+    add("--pred", choices=names, default="relative", help="error, see sigreg.py [relative]")
+    add("--directions", choices=["one", "both"], help="of prediction [both that can learn]")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
     names = ["tokens", "pooled", "context"]
-    add("--sigreg-on", choices=names, help="what it sees [pooled; tokens; tokens]")
+    add("--sigreg-on", choices=names, default="tokens", help="what it sees [tokens]")
     add("--lam", type=real, help="SIGReg's weight [1; crops: sketched 12.8 / batch, others 0.05]")
-    add("--image-loss", type=real, help="weight of source B's loss on mean tokens [0; 1; 1]")
+    add("--image-loss", type=real, help="weight of the loss of whole images, 0: none [1]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: encode all [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
@@ -886,9 +873,9 @@ def add_run(parser):
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive, default=256, help="images a step, over all ranks [256]")
     add("--micro-batch", type=positive, help="images that a rank has in memory at once; exact")
-    add("--epochs", type=positive, help="passes over the data [5; 100; 300]")
+    add("--epochs", type=positive, help="passes over the data [100; 300; shapes 5]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
-    add("--lr", type=real, help="AdamW's learning rate [1e-3; 2e-3; 1e-3; crops 5e-4]")
+    add("--lr", type=real, help="AdamW's learning rate [2e-3; 1e-3; crops 5e-4]")
     add(
         "--schedule",
         choices=["constant", "cosine"],
@@ -909,7 +896,7 @@ def add_run(parser):
 
 
 def parse_args(argv=None):
-    about = "[Defaults]; [a; b; c] is for shapes; images up to 96 px; larger ones."
+    about = "[Defaults]; [a; b] is for images up to 96 px; larger ones."
     parser = Parser(prog="train.py", description=about)
     add_method(parser)
     add_run(parser)
@@ -954,23 +941,21 @@ def defaults(args, side):
     """Values of the options that were not given, for images whose shorter side is `side` pixels."""
     shapes, crops = args.data == "shapes", args.recipe == "crops"
     side = args.image_size or side  # from here on: the size that is trained on
-    kind = 0 if shapes else 1 if side <= 96 else 2
-    small = "vit_n4" if side <= 48 and not shapes else "vit_n8"
-    name = args.model or ("vit_s16" if kind == 2 else small)
+    large, small = side > 96, "vit_n4" if side <= 48 and not shapes else "vit_n8"
+    name = args.model or ("vit_s16" if large else small)
     vit = re.fullmatch(r"vit_([a-z])(\d+)", name)
     # the image's side is a multiple of this: a ViT's patch; 1 for small ResNets; 32 for others
     patch = max(int(vit[2]), 1) if vit else 1 if "resne" in name and side <= 96 else 32
-    enlarge = kind == 2 or vit and side < 4 * patch  # few patches leave nothing to mask
+    enlarge = large or vit and side < 4 * patch  # few patches leave nothing to mask
     size = 224 // patch * patch if enlarge else max(side // patch, 2) * patch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    chosen = {name: choices[kind] for name, choices in DEFAULTS.items()}
-    if shapes and vit and model.SIZES.get(vit[1], (0,))[0] >= 256:
-        # 256 pooled vectors of such a network cannot be white; its tokens, as of photographs, can
-        names = "masks_per target_scale pred directions sigreg_on image_loss"
-        chosen |= {name: DEFAULTS[name][2] for name in names.split()}
+    chosen = {"augment": "none", "epochs": 300, "lr": 1e-3}
+    chosen |= {} if large else {"augment": "color", "epochs": 100, "lr": 2e-3}
+    chosen |= {"augment": "none", "epochs": 5} if shapes else {}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
-    chosen |= {"directions": "one", "image_loss": 0.0} if one_way(args) else {}
+    both = not one_way(args)
+    chosen |= {"directions": "both" if both else "one", "image_loss": float(both)}
     sigreg_name, lam = args.sigreg or SIGREG[args.recipe], 0.05 if crops else 1.0
     if sigreg_name == "sketched":
         lam = sketched_lam(args.batch_size) if crops else None
