@@ -59,6 +59,11 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def wide(x):
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def gather_tokens(x, indices):
     """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]].
 
@@ -104,9 +109,9 @@ class VisionTransformer(nn.Module):
             if indices is not None:  # they would pick patches of another raster
                 side = self.grid * self.patch_size
                 raise ValueError(f"model.py: with indices images must be {side} x {side} px")
-            position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            position = wide(position).transpose(1, 2).unflatten(2, (self.grid, self.grid))
             position = F.interpolate(position, x.shape[2:], mode="bicubic", antialias=True)
-            position = position.flatten(2).transpose(1, 2)
+            position = position.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
         x = x.flatten(2).transpose(1, 2) + position  # (B, P, D)
         if indices is not None:
             x = gather_tokens(x, indices).flatten(0, -3)  # (B, n, D) or (B * K, n, D)
@@ -234,7 +239,7 @@ def build_encoder(name, image_size):
 def image_features(output, pool="avg"):
     """What stands for an image: the mean patch token (avg) of (B, 1 + P, D), or CLS (cls); features
     (B, D) of other networks as they are."""
-    output = output.to(torch.promote_types(output.dtype, torch.float32))
+    output = wide(output)
     if output.ndim == 2:
         return output
     return output[:, 0] if pool == "cls" else output[:, 1:].mean(1)
@@ -254,6 +259,13 @@ def in_pieces(function, at_once, *tensors):
     parts = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
     parts.append(function(*last))  # the backward pass starts here, so its graph can stay
     return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _check_pieces(at_once, *modules):
+    """ValueError where a module's output depends on the rest of the batch: no pieces of it."""
+    names = [type(m).__name__ for module in modules for m in module.modules()]
+    if at_once and any("BatchNorm" in name for name in names):
+        raise ValueError("model.py: batch norm is of whole batches: no at_once (--micro-batch)")
 
 
 class Masked(nn.Module):
@@ -296,6 +308,7 @@ class Masked(nn.Module):
         teacher=None, whole_targets=False, at_once=None,
     ):  # fmt: skip
         super().__init__()
+        _check_pieces(at_once, encoder, predictor)
         self.encoder, self.predictor, self.teacher = encoder, predictor, teacher
         self.image_head = image_head
         self.both_directions, self.stop_grad = both_directions, stop_grad
@@ -342,8 +355,7 @@ class MultiView(nn.Module):
 
     def __init__(self, encoder, projector, num_global, at_once=None, pool="avg"):
         super().__init__()
-        if at_once and any("BatchNorm" in type(m).__name__ for m in encoder.modules()):
-            raise ValueError("model.py: batch norm is of whole batches: no at_once (--micro-batch)")
+        _check_pieces(at_once, encoder)
         self.encoder, self.projector = encoder, projector
         self.num_global, self.at_once, self.pool = num_global, at_once, pool
 

@@ -18,6 +18,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from functools import partial
@@ -39,7 +40,10 @@ HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
 def read_out(encoder, images, pool, layers):
     """Features (B, D) of images (B, 3, S, S) in [0, 1]."""
     images = train.normalize(images)
-    return image_features(encoder(images, layers=layers) if layers > 1 else encoder(images), pool)
+    tokens = encoder(images, layers=layers) if layers > 1 else encoder(images)
+    if tokens.ndim == 3 and getattr(encoder, "num_prefix_tokens", 1) != 1:  # timm's name for it
+        raise ValueError("probe.py: the first token must be CLS, the others patches, no registers")
+    return image_features(tokens, pool)
 
 
 @torch.no_grad()
@@ -71,13 +75,22 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
 
 
 # -------------------------------------------------------------------------------- k-NN and linear
+def check_finite(**features):
+    """ValueError that names the features which are not finite."""
+    for name, x in features.items():
+        bad = (~x.isfinite().all(1)).sum().item()
+        if bad:
+            raise ValueError(f"probe.py: {bad} of {len(x)} rows of {name} are not finite")
+
+
 @torch.no_grad()
 def knn_probe(train_x, train_y, val_x, val_y, k=20, temperature=0.07):
     """The vote of the k nearest training images by cosine, each weighted exp(cosine / temperature).
 
     train_x (N, D), val_x (N', D) features, train_y (N,), val_y (N',) int64 labels (Wu et al. 2018).
-    Exact, float32, on the device of train_x. Returns `knn`.
+    Exact, float32, on the device of train_x. Returns `knn`. ValueError for numbers not finite.
     """
+    check_finite(train_x=train_x, val_x=val_x)
     device, classes, right = train_x.device, int(train_y.max()) + 1, 0
     train_x = F.normalize(train_x.float(), dim=1)
     chunk = max(2**26 // len(train_x), 1)
@@ -154,8 +167,10 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
 
     All heads are fitted to nine tenths of the training images; the best on the held-out tenth
     (drawn by the seed, class by class) is fitted again to everything. Validation labels are only
-    compared with predictions. Shapes as in knn_probe; ValueError if no class has two images.
+    compared with predictions. Shapes and errors as in knn_probe; ValueError if no class has two
+    images. Of rates and decays that tie, as they do where few images are held out, the middle one.
     """
+    check_finite(train_x=train_x, val_x=val_x)
     if train_y.bincount().max() < 2:
         raise ValueError("probe.py: one training image a class; the linear probe needs two")
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
@@ -163,10 +178,11 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
     held = order[::10]
     rest = order[torch.arange(len(order)) % 10 > 0].sort().values
     top1 = score(*fit_heads(train_x, train_y, heads, seed, rest), train_x[held], train_y[held])
-    best = max(range(len(heads)), key=top1.__getitem__)
+    ties = [i for i, value in enumerate(top1) if value == max(top1)]
+    best = ties[len(ties) // 2]
     weight, bias = fit_heads(train_x, train_y, [heads[best]], seed)
     (rate, decay), held_out = heads[best], round(top1[best], 2)
-    how = f"lr {rate:g}, weight decay {decay:g}: best of {len(heads)} on a held-out tenth"
+    how = f"lr {rate:g}, weight decay {decay:g}: best of {len(heads)} on {len(held):,} held out"
     result = {"linear": round(score(weight, bias, val_x, val_y)[0], 2), "linear_how": how}
     result |= {"linear_lr": rate, "linear_decay": decay, "linear_held_out": held_out}
     return result
@@ -195,11 +211,15 @@ def few_shot_probe(train_x, train_y, val_x, val_y, shots, seed=0, draws=3):
 def frozen_probes(encoder, train_set, val_set, options, device):
     """Effective rank, k-NN and linear probe of frozen features, on rank 0; {} on the others."""
     settings = {name: getattr(options, name) for name in ("pool", "workers", "amp")}
+    settings["batch_size"] = min(64, options.batch_size)
     extract = partial(extract_features, layers=options.blocks, **settings)
     more = options.blocks > options.layers
     width = encoder.dim if more else None  # the last block's features come first
-    (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
     elsewhere = dist.is_initialized() and dist.get_rank() > 0
+    numbers = len(train_set) * getattr(encoder, "dim", 0) * options.blocks
+    if numbers > 2**28 and not elsewhere:  # features, and three copies in fit_heads
+        print(f"probe.py: the linear probe will take {16 * numbers / 2**30:.0f} GiB", flush=True)
+    (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
     mine = val_x[:0] if elsewhere else val_x  # rank 0 has all images by now, so the others add none
     erank = effective_rank(mine[:, :width]).item()  # summed over ranks: all call it
     if elsewhere:
@@ -215,7 +235,7 @@ def frozen_probes(encoder, train_set, val_set, options, device):
         result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
         result["linear4_how"] = f"last {options.blocks} blocks; {four['linear_how']}"
     how = f"of {data[0].shape[1]}: effective rank of the validation features"
-    return result | {"erank": round(erank, 2), "erank_how": how}
+    return result | {"erank": round(erank, 2), "erank_how": how, "classes": int(train_y.max()) + 1}
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
@@ -292,13 +312,16 @@ def finetune(encoder, train_set, val_set, size, options, device):
     settings = {"workers": options.workers, "amp": options.amp, "pool": options.pool}
     x, y = extract_features(net.encoder.eval(), train.Images(val_set, size), **settings)
     top1 = score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0]
-    used = {"lr": lr, "batch": batch, "steps": total}
+    used = {"lr": lr, "batch": batch, "steps": total, "classes": classes}
     used |= {name: getattr(options, name) for name in ("smoothing", "layer_decay", "weight_decay")}
     how = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in used.items())
     return {"finetune": round(top1, 2), **used, "finetune_how": f"last step; {how}"}
 
 
 # ------------------------------------------------------------------------------ command line, main
+FINETUNING = "epochs steps lr layer_decay weight_decay smoothing"
+
+
 def parse_args(argv=None):
     parser = train.Parser(prog="probe.py")
     add = parser.add_argument_group("what is probed").add_argument
@@ -316,18 +339,23 @@ def parse_args(argv=None):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--epochs", type=positive, default=20, help="passes over the training split [20]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
-    add("--batch-size", type=positive, default=256, help="images a step over all ranks [256]")
     add("--lr", type=real, help="AdamW's, of the head [1e-3 for each 256 images of a batch]")
     add("--layer-decay", type=real, default=0.75, help="rate's factor per block below head [0.75]")
     add("--weight-decay", type=real, default=0.05, help="AdamW's, not of biases and norms [0.05]")
     add("--smoothing", type=real, default=0.1, help="of the labels [0.1]")
     add = parser.add_argument_group("run").add_argument
+    size = "images at once: of a fine-tuning step over all ranks; of features, at most 64 [256]"
+    add("--batch-size", type=positive, default=256, help=size)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 of the encoder [on GPUs]")
     add("--workers", type=natural, help="processes that load images [as in training]")
     options = parser.parse_args(argv)
-    if options.finetune and (options.pool or options.layers):
-        sys.exit("probe.py: --finetune takes neither --pool nor --layers: leave them out")
+    if options.finetune and (options.pool or options.layers or options.shots):
+        sys.exit("probe.py: --finetune does not take --pool, --layers, --shots: leave them out")
+    for name in "" if options.finetune else FINETUNING.split():
+        if getattr(options, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            sys.exit(f"probe.py: {option} goes with --finetune; leave it out, or add that")
     if options.lr == 0 or options.layer_decay == 0 or options.smoothing >= 1:
         sys.exit("probe.py: --lr and --layer-decay must be above 0, --smoothing below 1")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
@@ -363,13 +391,23 @@ def load_encoder(options, checkpoint):
 
 
 def open_splits(data, root, seed):
-    """Training and validation split of one data set, with the same classes, at least two."""
+    """Training and validation split of one data set, of other files, with the same classes."""
     sources = [train.open_data(data, root, split, seed) for split in ("train", "val")]
     one, two = (set(getattr(source, "classes", ())) for source in sources)
     if len(one) == 1:
         sys.exit(f"probe.py: {data} has only one class; the probes need two or more")
     if one != two:
-        sys.exit(f"probe.py: class {min(one ^ two)} is in only one of the splits of {data}")
+        sys.exit(f"probe.py: class {min(one ^ two)!a} is in only one of the splits of {data}")
+    folders = [
+        {(label, os.path.dirname(path)) for path, label in getattr(source, "samples", ())}
+        for source in sources
+    ]
+    one, two = ({os.path.realpath(folder) for _, folder in found} for found in folders)
+    if one & two:
+        sys.exit(f"probe.py: train and val of {data} are the same files; split them")
+    labels = [label for label, _ in folders[0]]  # one folder below a class, as images/, is usual
+    if len({*labels}) < len(labels):
+        sys.exit(f"probe.py: classes of {data} have several folders each; which are the classes?")
     return sources
 
 
@@ -383,6 +421,7 @@ def show(about, result, options):
     features = {"avg": "mean patch token", "cls": f"CLS{seen}"}[options.pool]
     blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
     counts = f"{about['train']:,} training, {about['val']:,} validation images"
+    counts = f"{result['classes']} classes, {counts}"
     precision = "bfloat16" if options.amp else "float32"
     whose = "teacher of " if options.part == "teacher" else ""
     print(

@@ -14,9 +14,11 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from pathlib import Path
 
@@ -831,7 +833,7 @@ def test_a_stopped_run_continues_bit_by_bit(tmp_path):
     flags = f"--data {folder} --image-size 100 --model vit_n25 --augment color --ema 0.9"
     flags += " --steps 14 --batch-size 8 --log-every 1 --workers 1 --save-every "
     whole, pipe = run_train(tmp_path / "whole.pt", flags + "100"), subprocess.PIPE
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGKILL, *train.SIGNALS):
         cut = tmp_path / f"{number}.pt"
         mine = flags + ("2" if number == signal.SIGKILL else "100")
         command = [sys.executable, HERE / "train.py", *TINY, *mine.split(), "--ckpt", cut]
@@ -846,7 +848,8 @@ def test_a_stopped_run_continues_bit_by_bit(tmp_path):
                 file.write('{"step": 9')  # as a kill in mid-write leaves it
         else:
             rest, errors = process.communicate(timeout=60)
-            assert process.returncode == 0 and "same command continues" in rest and not errors
+            assert process.returncode == 128 + number and not errors
+            assert "same command continues" in rest
         assert 4 <= torch.load(cut, weights_only=True)["step"] < 14
         again = run_train(cut, mine)
         assert same_weights(whole, again) and "teacher" in whole
@@ -864,8 +867,46 @@ def test_two_ranks_train_what_one_does(tmp_path):
 
 
 def test_a_signal_on_one_rank_stops_all(monkeypatch):
-    monkeypatch.setattr(dist, "all_reduce", lambda flag, op: flag.fill_(1))
-    assert train.on_any_rank([], 2) and not train.on_any_rank([], 1) and train.on_any_rank([15], 1)
+    monkeypatch.setattr(dist, "all_reduce", lambda code, op: code.fill_(143))
+    assert [train.exit_code([], world) for world in (1, 2)] == [0, 143]
+    assert train.exit_code([(130, 0.0)], 1) == 130
+
+
+def test_a_second_signal_ends_a_run_that_hangs(tmp_path):
+    code = f"""import time, train
+def stalled(batches, caught):
+    yield next(batches)
+    print("stalled", flush=True)
+    time.sleep(100)
+train.one_ahead = stalled
+train.main({[*TINY, "--ckpt", str(tmp_path / "a.pt")]})"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True
+    )
+    next(line for line in process.stdout if line == "stalled\n")
+    process.terminate(), process.terminate()  # as torchrun and SLURM may: these count as one
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=5) == 143
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the loaders in /proc")
+def test_loaders_end_with_a_killed_run(tmp_path):
+    folder = jpeg_folder(tmp_path / "photos", per_class=1100, classes=1, size=32)
+    flags = ["--data", folder, "--model", "vit_n8", "--workers", "2", "--ckpt", tmp_path / "a.pt"]
+    command = [sys.executable, HERE / "train.py", *TINY, *flags]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+    below = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(loaders := below.read_text().split()) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # so that the pipes fill up
+    time.sleep(3)
+    process.kill(), process.wait()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in loaders):
+        assert time.monotonic() < end, "loaders outlive the run"
+        time.sleep(0.1)
 
 
 def test_a_path_is_claimed_from_the_start(tmp_path, few_shapes):
@@ -886,9 +927,15 @@ def test_a_path_is_claimed_from_the_start(tmp_path, few_shapes):
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     args = filled(f"--ckpt {tmp_path}/ckpt.pt")
     train.save(args, {}, 1)
-    monkeypatch.setattr(torch, "save", lambda state, path: Path(path).write_text("half") / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def full(state, path):
+        Path(path).write_text("half")
+        raise RuntimeError("unexpected pos 8606208 vs 8606100")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="cannot write .*ckpt.pt at step 2: unexpected pos"):
         train.save(args, {}, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 1
 
 
@@ -938,6 +985,9 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --ema-end 1 | --ema-end goes with --ema
 --pool cls | masked does not take --pool
 --lr 0 | --lr must be above 0
+--recipe crops --global-views 1 --local-views 0 | one view has nothing
+--warmup-epochs 1 | 8 steps end in the warm-up of 625
+--steps 1 --schedule cosine | 1 steps end in the warm-up of 0
 --warmup-epochs inf | must be at least 0, and finite
 --recipe crops --augment none | --augment crop or color
 --data nowhere | nowhere is not a folder.*cifar10
@@ -1032,6 +1082,48 @@ def test_every_kind_of_image_file_is_read_right(tmp_path):
         train.read_image(tmp_path / "F.tif")
 
 
+def test_images_of_12_bits_in_16_are_refused(tmp_path):
+    folder = tmp_path / "photos" / "train" / "class"
+    folder.mkdir(parents=True)
+    pixels = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+    for i in range(3):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    with pytest.raises(SystemExit, match="such as .*0.png, have values up to 1023 of 65535"):
+        train.open_data(str(tmp_path / "photos"), "", "train")
+    Image.fromarray(64 * pixels).save(folder / "1.png")  # a dark one among others is fine
+    assert len(train.open_data(str(tmp_path / "photos"), "", "train")) == 3
+
+
+def test_downloads_that_broke_off_end_in_one_line(monkeypatch, capsys):
+    def broken(root, **arguments):
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+    short, sets = lambda root, **arguments: range(7), train.DATASETS
+    for make, says in ((broken, "Compressed file ended"), (short, "it has 7 of its 10000 images")):
+        monkeypatch.setitem(sets, "cifar10", (make, *sets["cifar10"][1:]))
+        with pytest.raises(SystemExit, match=f"cifar10 is not in there.*{says}.*; remove"):
+            train.open_data("cifar10", "there", "val")
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="svhn needs scipy: pip install scipy"):
+        train.open_data("svhn", "there", "val")
+
+
+def test_normalize_takes_images_between_0_and_1():
+    for images in (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 255.0)):
+        with pytest.raises(ValueError, match="divide by 255"):
+            train.normalize(images)
+
+
+def test_names_that_a_terminal_cannot_print(tmp_path):
+    folder = jpeg_folder(tmp_path / "photos", per_class=20)
+    (folder / "train" / "class0" / os.fsdecode(b"caf\xff.txt")).write_text("none")
+    flags = [*TINY, "--steps", "1", "--data", folder, "--ckpt", tmp_path / "a.pt", "--workers", "0"]
+    command = [*map(str, [sys.executable, HERE / "train.py", *flags])]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "left out 1 files" in done.stdout, done.stderr
+
+
 def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     folder = jpeg_folder(tmp_path / "photos", per_class=3)
     for name in ("notes.txt", "._00.jpg", ".thumbs/x.jpg"):
@@ -1044,33 +1136,65 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     assert len(train.open_data(str(folder), "", "train")) == 7
 
 
-def test_a_broken_image_ends_in_one_line_and_other_images_are_refused(tmp_path, monkeypatch):
-    """Also in a folder that is named otherwise in the command that continues."""
+def test_a_broken_image_saves_and_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    """The same images continue the run in a folder of another name; other ones are refused."""
     monkeypatch.chdir(tmp_path)
     folder = jpeg_folder(tmp_path / "photos", per_class=16, size=100)
     flags = [*TINY, "--batch-size", "4", "--model", "vit_n32", "--image-size", "96", "--workers"]
-    flags += ["1", "--save-every", "2", "--data"]
+    flags += ["1", "--save-every", "100", "--data"]
     order = [key for batch in train.batch_keys(32, 4, 0, 8, 0, torch.arange(4)) for key in batch]
     data = train.open_data("photos", "", "train")
     bad = Path(data.samples[order[7 * 4 + 1][1]][0])  # read for the last step
     good = bad.read_bytes()
     bad.write_bytes(good[: len(good) // 2])  # its header is whole
-    refuse(train.main, [*flags, "photos"], rf"cannot read image photos/.*{bad.name}")
-    assert torch.load("ckpt.pt", weights_only=True)["step"] == 6
+    with pytest.raises(SystemExit, match="1"):
+        train.main([*flags, "photos"])
+    assert re.search(rf"cannot read image photos/.*{bad.name}", capsys.readouterr().err)
+    assert torch.load("ckpt.pt", weights_only=True)["step"] == 7  # of --save-every 100
     bad.write_bytes(good)
+    folder = folder.rename(tmp_path / "moved")
     train.main([*flags, f"{folder}/"])
+    assert "images now in" in capsys.readouterr().out
     assert torch.load("ckpt.pt", weights_only=True)["step"] == 8
+    (tmp_path / "photos").symlink_to(folder)
+    for path in (folder / "train").glob("*/*"):
+        path.write_bytes(path.read_bytes() + b"more")
+    refuse(train.main, [*flags, "photos", "--steps", "9"], "other images of the same names")
     (folder / "train" / "class0" / "00.jpg").unlink()
     refuse(train.main, [*flags, "photos", "--steps", "9"], "images=32 .*, this command says 31 ")
 
 
-def test_ranks_with_other_images_are_named(monkeypatch, tmp_path):
+def test_ranks_with_other_settings_or_images_are_named(monkeypatch, tmp_path):
     args = filled(f"--ckpt {tmp_path}/a.pt")
-    args.images = "6 abc"
-    gather = lambda found, own: found.__setitem__(slice(None), [own, (own[0], "5 xyz")])
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    with pytest.raises(SystemExit, match="ranks differ in .*6 abc.*5 xyz"):
-        train.resume(args, {}, 8, rank=0, world=2)
+    for name, value in (("images", "5 xyz"), ("lr", 0.1), ("log_every", 7)):
+        theirs = {**vars(args), "images": "6 abc", "step of the checkpoint": None, name: value}
+        args.images = "6 abc"
+        gather = lambda found, own, theirs=theirs: found.__setitem__(slice(None), [own, theirs])
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        with pytest.raises(SystemExit, match=f"ranks differ in {name}: .*, {value};"):
+            train.resume(args, {}, 8, rank=0, world=2)
+
+
+def test_two_nodes_with_other_settings_end_in_one_line(tmp_path):
+    """Two processes as two torchruns start them, each with a command of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, HERE / "train.py", *TINY, "--ckpt", tmp_path / "a.pt", "--lr"]
+    nodes = [
+        subprocess.Popen(
+            [*map(str, command), lr],
+            env=env | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, lr in enumerate(("0.001", "0.01"))
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=120)
+        assert node.returncode == 1 and "ranks differ in lr: 0.001, 0.01; start all" in errors
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_a_function_of_seed_epoch_and_index():

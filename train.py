@@ -24,13 +24,16 @@ import copy
 import datetime
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from functools import cache
@@ -54,21 +57,23 @@ from masks import multi_block_masks, random_masks
 # ---------------------------------------------------------------------------------------- the loop
 def train(args, data, device, rank, world):
     """draw -> forward -> loss -> backward -> step -> log -> save, from the checkpoint's step on.
-    Returns the last step, and how many there are to be."""
+    Returns the last step, how many there are to be, and an exit code if it had to end."""
     net, parts = build(args, device)  # the same modules: net is called, parts are saved
     encoder, optimizer, teacher = parts["encoder"], parts["optimizer"], parts.get("teacher")
     per_epoch = len(data) // args.batch_size
     total, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
+    if total <= warmup + (args.schedule == "cosine"):
+        sys.exit(f"train.py: {total} steps end in the warm-up of {warmup:g}; take more --epochs")
     done = resume(args, parts, total, rank, world)  # steps of the checkpoint
     if done >= total:
-        return done, total
+        return done, total, 0
     rows = torch.arange(args.batch_size).tensor_split(world)[rank]  # this rank's of each batch
     batches, device_crops = load(args, data, done, total, rows, device)  # crops left to draw
     log = Log(args, parts, done, total) if rank == 0 else None
     compile_method(net, args)
     net = parallel(net, device)
     caught = catch_signals()
-    for step, images in enumerate(batches, done + 1):
+    for step, images in enumerate(one_ahead(batches, caught), done + 1):
         views, masks = draw(args, images, device_crops, rows, encoder, step)
         torch.manual_seed(seed_of("network", args.seed, step, rank))  # dropout in backbones
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -82,7 +87,7 @@ def train(args, data, device, rank, world):
             momentum = between(args.ema, args.ema_end, step / total)
             follow = get_ema_multi_avg_fn(momentum)
             follow(list(teacher.parameters()), list(encoder.parameters()), None)
-        stop = on_any_rank(caught, world)
+        stop = exit_code(caught, world)
         log_now = step % args.log_every == 0 or step == total
         save_now = step % args.save_every == 0 or step == total or stop
         if log_now or save_now:  # no bad step overwrites a good checkpoint
@@ -95,7 +100,7 @@ def train(args, data, device, rank, world):
             save(args, parts, step)
         if stop:
             break
-    return step, total
+    return step, total, stop
 
 
 # ----------------------------------------------------- what the loop is made of, in order of use
@@ -262,23 +267,45 @@ def set_rate_and_decay(args, optimizer, step, total, warmup):
     optimizer.param_groups[1]["weight_decay"] = decay  # of the matrices: see build
 
 
-SIGNALS = signal.SIGTERM, signal.SIGINT  # the run saves, then ends
+# the run saves, then ends: SIGHUP is a closed terminal, SIGUSR1 SLURM's warning before its limit
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
 
 def catch_signals():
-    """A list that is empty until this process gets one of the signals."""
+    """A list of exit codes and times, empty until this process gets one of the signals."""
     caught = []
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: caught.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: catch(caught, number))
     return caught
 
 
-def on_any_rank(happened, world):
-    """Whether it happened on any rank; all ranks call it, in every step."""
-    flag = torch.tensor(int(bool(happened)))
+def catch(caught, number):
+    """A second signal, a second later as launchers may send one twice, ends the process at once."""
+    if caught and time.monotonic() > caught[0][1] + 1:
+        os._exit(128 + number)
+    caught.append((128 + number, time.monotonic()))
+
+
+def one_ahead(batches, caught):
+    """The batches, each once the next is here. If that cannot be read, the run saves and ends."""
+    following = next(batches)
+    while following is not None:
+        images = following
+        try:
+            following = next(batches, None)
+        except OSError as error:
+            print(one_line(error), file=sys.stderr)
+            caught.append((1, time.monotonic()))
+        yield images
+
+
+def exit_code(caught, world):
+    """The exit code of a rank that has to end, 0 to go on; all ranks call it, in every step."""
+    code = torch.tensor(caught[0][0] if caught else 0)
     if world > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        dist.all_reduce(code, dist.ReduceOp.MAX)
+    return int(code)
 
 
 def check_health(loss, net, step, ckpt):
@@ -330,7 +357,7 @@ class Log:
             sys.exit(f"train.py: {path} is the log of a run, but {ckpt} is gone; move the log, too")
         if done == 0:
             save(args, parts, 0)
-            warn_of_small_sample(args, parts["encoder"])
+            warn(args, parts["encoder"])
         # each step stands once, and a line cut short by a kill goes
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if done and json.loads(line).get("step", 0) <= done]
@@ -352,25 +379,37 @@ class Log:
         print("  ".join([f"step {step}/{self.total}", *numbers, f"eta {eta}"]), flush=True)
 
 
-def warn_of_small_sample(args, encoder):
-    """One line where SIGReg's sample has no more rows than dimensions."""
+def warn(args, encoder):
+    """A line where SIGReg's sample is too small to be white, or masks are not as asked for."""
     dim, count = args.proj_dim if args.recipe == "crops" else encoder.dim, args.batch_size
     if args.recipe == "masked" and args.sigreg_on == "tokens":
         count *= max(int(args.min_context * encoder.grid**2), 1)
     if args.sigreg in ("spectral", "legendre") and count <= dim:
         few = f"SIGReg sees {count} vectors of {dim} numbers a step, too few to be white"
         print(f"train.py: {few}: take a larger --batch-size or a narrower network")
+    if args.recipe == "masked":
+        _, targets = draw_masks(args, encoder.grid, 256, step=0)
+        same = sum(len({*map(tuple, image)}) < len(image) for image in targets.tolist())
+        if same > 64:
+            wrong = f"{100 * same // 256}% of images have a target twice, for want of room"
+            print(f"train.py: {wrong}: take a lower --min-context or --target-scale")
 
 
 # what may differ between the run that wrote a checkpoint and the one that continues it
-MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt"
+MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt "
+MAY_CHANGE += "data data_root image_bytes"  # images and image_bytes say if these are the same
 
 
 def save(args, parts, step):
     """The checkpoint of this step: the parts' states by name, the step, the settings."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state | {"step": step, "args": vars(args)}, f"{args.ckpt}.tmp")
-    os.replace(f"{args.ckpt}.tmp", args.ckpt)  # a kill or a full disk leaves the old one whole
+    state, part_file = {name: part.state_dict() for name, part in parts.items()}, f"{args.ckpt}.tmp"
+    try:
+        torch.save(state | {"step": step, "args": vars(args)}, part_file)
+        os.replace(part_file, args.ckpt)  # a kill or a full disk leaves the old one whole
+    except (OSError, RuntimeError) as error:
+        Path(part_file).unlink(missing_ok=True)
+        why = f"{one_line(error)}; what was saved before stays, and the same command continues it"
+        sys.exit(f"train.py: cannot write {args.ckpt} at step {step}: {why}")
 
 
 def load_checkpoint(path):
@@ -392,12 +431,7 @@ def resume(args, parts, total, rank, world):
     """The steps done by the checkpoint, which all ranks read into `parts`; 0 without one."""
     path = Path(args.ckpt)
     saved = load_checkpoint(path) if path.exists() else None
-    found = [(saved and saved["step"], args.images)] * world
-    if world > 1:
-        dist.all_gather_object(found, found[0])
-    if len({*found}) > 1:
-        differ = "ranks differ in (step of the checkpoint, images and hash of their names)"
-        sys.exit(f"train.py: {differ}: {found}; all must see the same files")
+    compare_ranks(vars(args) | {"step of the checkpoint": saved and saved["step"]}, world)
     if saved is None or saved["step"] == 0:  # no step is lost
         return 0
     check_settings(path, saved["args"], vars(args))
@@ -405,24 +439,43 @@ def resume(args, parts, total, rank, world):
         part.load_state_dict(saved[name])
     step = saved["step"]
     says = f"continues from step {step}" if step < total else f"is finished: {step} steps"
+    moved = "" if saved["args"]["data"] == args.data else f", images now in {args.data}"
     if rank == 0:
-        print(f"train.py: {path} {says}")
+        print(f"train.py: {path} {says}{moved}")
     return step
+
+
+def compare_ranks(mine, world):
+    """Exits where another rank was started with other settings, or sees other files."""
+    found = [mine] * world
+    if world > 1:
+        dist.all_gather_object(found, mine)
+    own = {"ckpt", "data", "data_root", "workers", "device"}
+    for name in [name for name in mine if name not in own]:
+        values = [str(settings[name]) for settings in found]
+        if len({*values}) > 1:
+            differ = f"ranks differ in {name}: {', '.join(values)}"
+            sys.exit(f"train.py: {differ}; start all with one command, on files that all see")
 
 
 def check_settings(path, before, now):
     """Exits where a command has other settings than the run that it would continue."""
-    may_change = set(MAY_CHANGE.split())
+    may_change, sizes = set(MAY_CHANGE.split()), (before["image_bytes"], now["image_bytes"])
     ends = now["weight_decay_end"], now["ema_end"]
     if now["schedule"] == "cosine" or ends != (None, None):  # the length is part of it
         may_change -= {"epochs", "steps"}
     for name in [name for name in now if name not in may_change]:
         pair = before.get(name), now[name]
-        if name in ("data", "data_root"):  # one folder may have several names
-            pair = [Path(str(value)).resolve() for value in pair]
         if pair[0] != pair[1]:
             was = f"{path} was trained with {name}={pair[0]}, this command says {pair[1]}"
             sys.exit(f"train.py: {was}; set it back, or move {path} and its .jsonl to begin anew")
+    if sum(a != b for a, b in zip(*sizes, strict=False)) > len(sizes[0]) / 2:
+        sys.exit(f"train.py: {path} was trained on other images of the same names; move it away")
+
+
+def one_line(error):
+    """What an error says, without the traceback that a loading process puts before it."""
+    return str(error).strip().rpartition("\n")[2].removeprefix("OSError: ")
 
 
 @contextmanager
@@ -431,6 +484,7 @@ def ranks(script, device):
 
     Errors that name one of the scripts end it in their one line. Signal handlers are restored.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot print
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
     rank, local_rank, world = (int(os.environ.get(*name)) for name in names)
@@ -445,35 +499,43 @@ def ranks(script, device):
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=here)
     try:
         yield device, rank, world
-    except torch.OutOfMemoryError as error:
-        less = "--micro-batch (same result)" if script == "train.py" else "--image-size"
-        sys.exit(f"{script}: out of memory; try a smaller {less} ({str(error).splitlines()[0]})")
-    except (OSError, ValueError) as error:  # a loading process puts its traceback before the line
-        line = str(error).strip().rpartition("\n")[2].removeprefix("OSError: ")
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+    except (OSError, ValueError, RuntimeError) as error:
+        line = one_line(error)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            less = "--micro-batch (same result)" if script == "train.py" else "--batch-size"
+            line = f"{script}: out of memory; try a smaller {less} ({str(error).splitlines()[0]})"
         if not re.match(r"\w+\.py: ", line):  # none of ours
             raise
         sys.exit(line)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized() and device.type == "cpu":  # gloo's threads would abort the exit
+            dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------- data
-#   name: (class, arguments of the training split, of the one that is reported)
+#   name: (class, arguments and images of the training split, of the one that is reported)
 DATASETS = {
-    "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
-    "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
-    "dtd": (datasets.DTD, {"split": "train"}, {"split": "test"}),
-    "fgvc_aircraft": (datasets.FGVCAircraft, {"split": "trainval"}, {"split": "test"}),
-    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "test"}),
-    "food101": (datasets.Food101, {"split": "train"}, {"split": "test"}),
-    "imagenette": (datasets.Imagenette, {"split": "train"}, {"split": "val"}),
-    "oxford_pets": (datasets.OxfordIIITPet, {"split": "trainval"}, {"split": "test"}),
-    "stl10": (datasets.STL10, {"split": "train"}, {"split": "test"}),
-    "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
+    "cifar10": (datasets.CIFAR10, {"train": True}, 50_000, {"train": False}, 10_000),
+    "cifar100": (datasets.CIFAR100, {"train": True}, 50_000, {"train": False}, 10_000),
+    "dtd": (datasets.DTD, {"split": "train"}, 1_880, {"split": "test"}, 1_880),
+    "fgvc_aircraft": (
+        datasets.FGVCAircraft,
+        {"split": "trainval"},
+        6_667,
+        {"split": "test"},
+        3_333,
+    ),
+    "flowers102": (datasets.Flowers102, {"split": "train"}, 1_020, {"split": "test"}, 6_149),
+    "food101": (datasets.Food101, {"split": "train"}, 75_750, {"split": "test"}, 25_250),
+    "imagenette": (datasets.Imagenette, {"split": "train"}, 9_469, {"split": "val"}, 3_925),
+    "oxford_pets": (datasets.OxfordIIITPet, {"split": "trainval"}, 3_680, {"split": "test"}, 3_669),
+    "stl10": (datasets.STL10, {"split": "train"}, 5_000, {"split": "test"}, 8_000),
+    "svhn": (datasets.SVHN, {"split": "train"}, 73_257, {"split": "test"}, 26_032),
 }
 
 
@@ -558,21 +620,39 @@ def open_data(data, root, split, seed=0):
         sys.exit(f"train.py: --data {data} is a name of ours and a folder here; say ./{data}")
     if data == "shapes":
         return Shapes(seed, split)
-    together, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        if data not in DATASETS:
+    if data not in DATASETS:
+        try:
             return open_folder(Path(data, split))
-        make, *arguments = DATASETS[data]
-        if together and not first:  # the first process of each node downloads
-            dist.barrier()
-        found = make(root, **arguments[split == "val"], download=True, transform=np.array)
-        if together and first:
-            dist.barrier()
-        return found
-    except (OSError, RuntimeError, ImportError) as error:  # no folder, no class, no network ...
-        wanted = f"not a folder with {split}/<class>/<images>, or shapes {' '.join(DATASETS)}"
-        wanted = f"not in {root} and cannot be downloaded" if data in DATASETS else wanted
-        sys.exit(f"train.py: --data {data} is {wanted}: {str(error).splitlines()[0]}")
+        except OSError as error:  # no folder, no class ...
+            wanted = f"not a folder with {split}/<class>/<images>, or shapes {' '.join(DATASETS)}"
+            sys.exit(f"train.py: --data {data} is {wanted}: {one_line(error)}")
+    return download(data, root, split)
+
+
+def download(data, root, split):
+    """One of DATASETS: rank 0 first, then the first process of each node, whose disk may be its
+    own, then the others. An error of one ends all."""
+    if data in ("svhn", "flowers102") and not importlib.util.find_spec("scipy"):
+        sys.exit(f"train.py: --data {data} needs scipy: pip install scipy")
+    make, *splits = DATASETS[data]
+    arguments, count = splits[2 * (split == "val") :][:2]
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    turn, problem = 0 if rank == 0 else 1 if local_rank == 0 else 2, ""
+    for now in range(3):
+        try:
+            if now == turn:
+                found = make(root, **arguments, download=True, transform=np.array)
+                if len(found) != count:
+                    problem = f"it has {len(found)} of its {count} images"
+        except Exception as error:  # noqa: BLE001 (no network, or whatever a damaged file raises)
+            problem = one_line(error)
+        problems = [problem] * (dist.get_world_size() if dist.is_initialized() else 1)
+        if dist.is_initialized():
+            dist.all_gather_object(problems, problem)
+        if any(problems):
+            wrong = f"not in {root}, and cannot be downloaded, or is there in part: {max(problems)}"
+            sys.exit(f"train.py: --data {data} is {wrong}; remove what is there, and try again")
+    return found
 
 
 def open_folder(folder):
@@ -592,21 +672,46 @@ def open_folder(folder):
     data = datasets.ImageFolder(folder, np.array, loader=read_image, is_valid_file=is_image)
     if others and os.environ.get("RANK", "0") == "0":
         print(f"train.py: {folder}: left out {len(others)} files, such as {others[0]}")
+    refuse_dim(data)
     return data
 
 
-def sizes_of(data, count=64):
-    """(height, width) of `count` images spread over the data; of files, their headers alone."""
-    rows = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
+def refuse_dim(data):
+    """Exits where 16-bit files use a sixteenth of their range, as of 12-bit cameras: scaled to 8
+    bits as all others are, they would be almost black."""
+    brightest = 0
+    for i in spread(data):
+        try:
+            with Image.open(data.samples[i][0]) as image:
+                if not image.mode.startswith("I"):
+                    return
+                brightest = max(brightest, np.asarray(image).max())
+        except OSError:  # read_image names it
+            return
+    if brightest < 4096:
+        wrong = f"16-bit images, such as {data.samples[0][0]}, have values up to {brightest}"
+        sys.exit(f"train.py: {wrong} of 65535; scale them up, or write 8 bits")
+
+
+def spread(data, count=64):
+    """Numbers of `count` images, from the first to the last."""
+    return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
+
+
+def sizes_of(data):
+    """(height, width) of 64 images spread over the data; of files, their headers alone."""
     if isinstance(data, datasets.ImageFolder):
-        return [read_image(data.samples[i][0], size_alone=True) for i in rows]
-    return [data[i][0].shape[:2] for i in rows]
+        return [read_image(data.samples[i][0], size_alone=True) for i in spread(data)]
+    return [data[i][0].shape[:2] for i in spread(data)]
 
 
 def fingerprint(data):
-    """Number of images, and a hash of the files' names: other images are another run."""
-    names = [path[len(str(data.root)) :] for path, _ in getattr(data, "samples", ())]
-    return f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
+    """What tells other images from these: their number with a hash of the files' names, and the
+    sizes of 64 of them, of which a repaired file changes one."""
+    paths = [path for path, _ in getattr(data, "samples", ())]
+    names = [path[len(str(data.root)) :] for path in paths] or type(data).__name__
+    sizes = [os.path.getsize(paths[i]) for i in spread(paths)] if paths else []
+    return f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}", sizes
 
 
 class Images(torch.utils.data.Dataset):
@@ -732,6 +837,12 @@ def blur(x, sigma):
 
 def normalize(images):
     """float (..., 3, H, W) in [0, 1] -> normalised with ImageNet's mean and standard deviation."""
+    if (
+        not images.is_floating_point()
+        or images.is_cpu
+        and not -0.01 < images.min() <= images.max() < 1.01
+    ):
+        raise ValueError("train.py: normalize takes floating-point images in [0, 1]: divide by 255")
     mean, std = constant("normal", images.device)
     return (images - mean) / std
 
@@ -787,6 +898,13 @@ def read(data, workers, **options):
 def leave_signals(worker):
     """Signals are the main process's: a loader that one ends would end the run before it saves."""
     os.setpgrp()  # torchrun and Ctrl-C send theirs to the group; SIGTERM is how a loader is ended
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """A loader whose pipe is full would outlive a parent that was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -928,6 +1046,8 @@ def check(args):
     if one_way(args) and (args.directions == "both" or args.image_loss):
         wanted = "--directions one and --image-loss 0 alone"
         sys.exit(f"train.py: --stop-grad, --ema, --targets full go with {wanted}")
+    if args.recipe == "crops" and args.global_views + args.local_views < 2:
+        sys.exit("train.py: one view has nothing to agree with: take more --global-views")
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
 
@@ -1004,18 +1124,20 @@ def main(argv=None):
         data = open_data(args.data, args.data_root, "train", args.seed)
         sides = sorted(min(size) for size in sizes_of(data))
         chosen = fill_in(args, len(data), sides[len(sides) // 2], world)
-        args.images = fingerprint(data)
+        args.images, args.image_bytes = fingerprint(data)
         if rank == 0:
             about = f"shorter side {sides[0]} to {sides[-1]} px, median {sides[len(sides) // 2]}"
             about = "drawn here (--data FOLDER takes yours)" if args.data == "shapes" else about
             print(f"train.py: {args.recipe} on {len(data):,} images of {args.data}, {about}")
             values = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
             print(f"train.py: {world} x {device.type}; chosen: {', '.join(values)}")
-        step, total = train(args, data, device, rank, world)
+        step, total, stop = train(args, data, device, rank, world)
         if rank == 0:
             next_one = f"next: python probe.py {args.ckpt}"
             then = next_one if step >= total else "saved; the same command continues"
             print(f"train.py: step {step} of {total}; {then}")
+    if step < total:
+        sys.exit(stop)  # the shell's code for the signal, so that && and queues stop
 
 
 if __name__ == "__main__":

@@ -19,8 +19,12 @@ import train
 
 if len(sys.argv) != 3:
     sys.exit(__doc__)
-saved, path = train.load_checkpoint(sys.argv[1]), sys.argv[2]
-args = saved["args"]  # of a ViT: other networks have no patch tokens
+saved, path = train.load_checkpoint(sys.argv[1]), Path(sys.argv[2])
+args = saved["args"]
+if not args["model"].startswith("vit_"):
+    sys.exit(f"pca.py: {args['model']} has no patch tokens; take the checkpoint of a ViT")
+if path.suffix not in (".png", ".jpg") or not path.parent.is_dir():
+    sys.exit(f"pca.py: {path} must end in .png or .jpg, in a folder that is there")
 encoder = model.vit(args["model"], args["image_size"]).eval()
 encoder.load_state_dict(saved["encoder"])
 
