@@ -472,6 +472,22 @@ def small_vit(side=32):
     return model.vit("vit_n8", side)
 
 
+def test_encoder_in_bfloat16_takes_other_sizes():
+    encoder, images = small_vit(), torch.rand(1, 3, 48, 48)
+    wanted = encoder(images)
+    assert off(encoder.bfloat16()(images.bfloat16()).float(), wanted) < 0.02  # 8 bits
+
+
+def test_pieces_of_batch_norm_are_refused():
+    encoder = torch.nn.Sequential(small_vit(), torch.nn.SyncBatchNorm(17))
+    for make in (
+        lambda: model.Masked(encoder, model.MLPPredictor(128, 16), at_once=2),
+        lambda: model.MultiView(encoder, model.projector(128, 8), 2, at_once=2),
+    ):
+        with pytest.raises(ValueError, match="batch norm is of whole batches"):
+            make()
+
+
 def test_encoder_sees_only_the_given_patches():
     encoder, images = small_vit(), gaussian(3, 3 * 32 * 32, dtype=torch.float32).view(3, 3, 32, 32)
     everything = torch.arange(16).expand(3, -1)
@@ -1004,6 +1020,16 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --ckpt /proc/ckpt.pt | cannot write /proc/ckpt"""
 
 
+def test_running_out_of_memory_ends_in_one_line():
+    says = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+    for error in (RuntimeError(says), torch.OutOfMemoryError(says)):
+        line = pytest.raises(SystemExit, match="^probe.py: out of memory; .* smaller --batch-size")
+        with line, train.ranks("probe.py", "cpu"):
+            raise error
+    with pytest.raises(RuntimeError, match="of another kind"), train.ranks("probe.py", "cpu"):
+        raise RuntimeError("of another kind")
+
+
 def test_bad_settings_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in BAD.splitlines():
@@ -1026,6 +1052,11 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     said = capsys.readouterr().out
     assert "shapes, drawn here (--data FOLDER takes yours)" in said
     assert "32 vectors of 128 numbers a step, too few to be white" in said
+    assert "have a target twice" not in said
+    run_train(tmp_path / "c.pt", "--steps 1 --masks-per image --target-scale 0.4 0.6")
+    said = capsys.readouterr().out
+    assert int(re.search(r"(\d+)% of images have a target twice", said)[1]) > 70
+    assert "too few" not in said
 
 
 def jpeg_folder(folder, per_class=12, classes=2, size=40):
@@ -1354,7 +1385,7 @@ def test_probes_print_and_leave_the_encoder_alone(trained, capsys, monkeypatch, 
     state = encoders[0].state_dict()
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
-    assert (result["train"], result["val"]) == (600, 200)
+    assert (result["train"], result["val"], result["classes"]) == (600, 200, 10)
     assert ("knn" in result and 1 <= result["erank"] <= 256) == (flags in FROZEN)
     assert ("1-shot" in result and "2-shot" in result) == ("--shots" in flags)
 
@@ -1460,6 +1491,9 @@ BAD_PROBES = """--layers 9 | vit_n8 has 4 blocks
 --shots 99 | --shots 99, but a class has fewer
 --image-size 36 | 36, 36.* px are not whole patches of 8 x 8
 --lr -1 | --lr: -1 must be at least 0
+--lr 9 | --lr goes with --finetune
+--epochs 999 | --epochs goes with --finetune
+--finetune --shots 1 | --shots: leave them out
 --epochs x | invalid positive value
 --finetune --layers 2 | leave them out
 --device quantum | --device quantum"""
@@ -1479,8 +1513,19 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
     photos = jpeg_folder(tmp_path / "photos")
     flags = [trained[0], "--data", photos, "--device", "cpu", "--workers", "0"]
     (photos / "val" / "class1").rename(photos / "val" / "class2")
-    refuse(probe.main, flags, "class class1 is in only one")
-    (photos / "train" / "class1").rename(tmp_path / "aside")
+    refuse(probe.main, flags, "class 'class1' is in only one")
+    (photos / "val" / "class2").rename(photos / "val" / "class1")
+    for i in range(12):  # a class of two folders, as if classes were below it
+        below = photos / "train" / "class1" / f"part{i % 2}"
+        below.mkdir(exist_ok=True)
+        (photos / "train" / "class1" / f"{i:02}.jpg").rename(below / f"{i:02}.jpg")
+    refuse(probe.main, flags, "classes of .* have several folders each")
+    shutil.rmtree(photos / "train"), (photos / "train").symlink_to(photos / "val")
+    refuse(probe.main, flags, "train and val of .* are the same files")
+    (photos / "train").unlink(), shutil.copytree(photos / "val", photos / "train")
+    (photos / "train" / "class1").rename(photos / "train" / "class2")
+    (photos / "val" / "class1").rename(photos / "val" / "class2")
+    (photos / "train" / "class2").rename(tmp_path / "aside")
     refuse(probe.main, [*flags, "--finetune"], "photos has only one class")
 
 
@@ -1508,6 +1553,9 @@ def test_features_are_of_normalised_images(few_shapes):
         assert labels.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"training mode; call \.eval"):
         probe.extract_features(encoder.train(), train.Images(data, 32))
+    encoder.num_prefix_tokens = 5  # timm's name, of CLS and four registers
+    with pytest.raises(ValueError, match="no registers"):
+        probe.extract_features(encoder.eval(), train.Images(data, 32))
 
 
 @pytest.mark.parametrize("k", [1, 20, 1000])
@@ -1562,6 +1610,13 @@ def test_linear_head_is_chosen_on_a_held_out_tenth():
     x, y = gaussian(300, 400).float(), torch.arange(300) % 2  # noise: any fit is of the images seen
     with pytest.raises(ValueError, match="one training image a class"):
         probe.linear_probe(x[:2], y[:2], x, y)
+    broken = x.index_fill(0, torch.tensor([7]), torch.nan)
+    for probed in (probe.knn_probe, probe.linear_probe):
+        for features, says in (((broken, y, x, y), "train_x"), ((x, y, broken, y), "val_x")):
+            with pytest.raises(ValueError, match=f"1 of 300 rows of {says} are not finite"):
+                probed(*features)
+    one = probe.linear_probe(x[:2].repeat(9, 1), y[:18], x, y, heads=[(0.1, d) for d in range(5)])
+    assert one["linear_decay"] == 2 and "5 on 2 held out" in one["linear_how"]  # all tie
     found = probe.linear_probe(x, y, x, y, seed=3)
     assert found["linear_held_out"] < 85 and found["linear"] > 95
     head = found["linear_lr"], found["linear_decay"]
@@ -1584,6 +1639,19 @@ for name in {names}:
     assert {{*{names}, "torchvision"}} & {{*sys.modules}} == {{name}}
     del sys.modules[name]"""
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_pictures_of_tokens_refuse_in_one_line(trained, tmp_path):
+    path, script = tmp_path / "crops.pt", HERE / "assets" / "pca.py"
+    run_train(path, "--steps 1 --recipe crops --model resnet18 --batch-size 4 --local-views 0")
+    for arguments, says in (
+        ((path, tmp_path / "a.png"), "resnet18 has no patch tokens"),
+        ((trained[0], tmp_path / "p.foo"), "p.foo must end in .png or .jpg"),
+        ((trained[0], tmp_path / "none" / "a.png"), "in a folder that is there"),
+    ):
+        command = [*map(str, [sys.executable, script, *arguments])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_readmes_loss_code_is_the_code():
