@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import data
 import train
 from model import build_encoder, image_features
 from sigreg import effective_rank
@@ -39,7 +40,7 @@ HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
 # ---------------------------------------------------------------------------------------- features
 def read_out(encoder, images, pool, layers):
     """Features (B, D) of images (B, 3, S, S) in [0, 1]."""
-    images = train.normalize(images)
+    images = data.normalize(images)
     tokens = encoder(images, layers=layers) if layers > 1 else encoder(images)
     if tokens.ndim == 3 and getattr(encoder, "num_prefix_tokens", 1) != 1:  # timm's name for it
         raise ValueError("probe.py: the first token must be CLS, the others patches, no registers")
@@ -50,7 +51,7 @@ def read_out(encoder, images, pool, layers):
 def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, workers=0, amp=False):
     """Features (N, D) float32 and labels (N,) int64 of all N images in order, on the CPU.
 
-    encoder: images -> tokens (B, 1 + P, D) or features (B, D), in eval mode; images: train.Images;
+    encoder: images -> tokens (B, 1 + P, D) or features (B, D), in eval mode; images: data.Images;
     pool: avg, the mean of the patch tokens, or cls, the CLS token; layers: how many last blocks
     (ViT); amp: bfloat16 autocast. Under torchrun all ranks encode equally many images (the
     first ones fill the last share up); rank 0 returns all features, the others their own.
@@ -62,7 +63,7 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
     each = -(-len(images) // world)
     share = [(0, i % len(images)) for i in range(rank * each, (rank + 1) * each)]
     found = []
-    for (views,), label in train.read(images, workers, batch_size=batch_size, sampler=share):
+    for (views,), label in data.read(images, workers, batch_size=batch_size, sampler=share):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
         found.append((x.cpu(), label))
@@ -226,15 +227,15 @@ def frozen_probes(encoder, train_set, val_set, options, device):
         return {}
     if device.type == "cuda" and 16 * train_x.numel() < torch.cuda.mem_get_info()[0]:  # 4 copies
         train_x, train_y = train_x.to(device), train_y.to(device)
-    data = train_x[:, :width], train_y, val_x[:, :width], val_y
-    result = knn_probe(*data) | linear_probe(*data, seed=options.seed)
+    last = train_x[:, :width], train_y, val_x[:, :width], val_y
+    result = knn_probe(*last) | linear_probe(*last, seed=options.seed)
     for shots in options.shots:
-        result |= few_shot_probe(*data, shots, options.seed)
+        result |= few_shot_probe(*last, shots, options.seed)
     if more:
         four = linear_probe(train_x, train_y, val_x, val_y, seed=options.seed)
         result |= {name.replace("linear", "linear4"): value for name, value in four.items()}
         result["linear4_how"] = f"last {options.blocks} blocks; {four['linear_how']}"
-    how = f"of {data[0].shape[1]}: effective rank of the validation features"
+    how = f"of {last[0].shape[1]}: effective rank of the validation features"
     return result | {"erank": round(erank, 2), "erank_how": how, "classes": int(train_y.max()) + 1}
 
 
@@ -289,15 +290,15 @@ def finetune(encoder, train_set, val_set, size, options, device):
     groups = layer_groups(net.encoder, net.head, options.layer_decay, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, fused=device.type == "cuda")
     rows = torch.arange(batch).tensor_split(world)[rank]
-    keys = train.batch_keys(len(train_set), batch, 0, total, options.seed, rows)
-    crops = train.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
-    loader = train.read(crops, options.workers, batch_sampler=keys, pin_memory=device.type != "cpu")
+    keys = data.batch_keys(len(train_set), batch, 0, total, options.seed, rows)
+    crops = data.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
+    loader = data.read(crops, options.workers, batch_sampler=keys, pin_memory=device.type != "cpu")
     classify = train.parallel(net, device)
     for step, ((views,), labels) in enumerate(loader, 1):
-        torch.manual_seed(train.seed_of("network", options.seed, step, rank))  # stochastic depth
+        torch.manual_seed(data.seed_of("network", options.seed, step, rank))  # stochastic depth
         images, labels = (x.to(device, non_blocking=True) for x in (views[:, 0], labels))
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
-            logits = classify(train.normalize(images / 255)).float()
+            logits = classify(data.normalize(images / 255)).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=options.smoothing)
         rate = train.learning_rate(step, total, lr, 0.05 * total, "cosine")
         for group in optimizer.param_groups:
@@ -310,7 +311,7 @@ def finetune(encoder, train_set, val_set, size, options, device):
     if not all(p.isfinite().all() for p in net.parameters()):
         sys.exit("probe.py: fine-tuning became non-finite; lower --lr")
     settings = {"workers": options.workers, "amp": options.amp, "pool": options.pool}
-    x, y = extract_features(net.encoder.eval(), train.Images(val_set, size), **settings)
+    x, y = extract_features(net.encoder.eval(), data.Images(val_set, size), **settings)
     top1 = score(net.head.weight.T[:, None], net.head.bias[None], x, y)[0]
     used = {"lr": lr, "batch": batch, "steps": total, "classes": classes}
     used |= {name: getattr(options, name) for name in ("smoothing", "layer_decay", "weight_decay")}
@@ -390,24 +391,24 @@ def load_encoder(options, checkpoint):
     return encoder
 
 
-def open_splits(data, root, seed):
+def open_splits(name, root, seed):
     """Training and validation split of one data set, of other files, with the same classes."""
-    sources = [train.open_data(data, root, split, seed) for split in ("train", "val")]
+    sources = [data.open_data(name, root, split, seed) for split in ("train", "val")]
     one, two = (set(getattr(source, "classes", ())) for source in sources)
     if len(one) == 1:
-        sys.exit(f"probe.py: {data} has only one class; the probes need two or more")
+        sys.exit(f"probe.py: {name} has only one class; the probes need two or more")
     if one != two:
-        sys.exit(f"probe.py: class {min(one ^ two)!a} is in only one of the splits of {data}")
+        sys.exit(f"probe.py: class {min(one ^ two)!a} is in only one of the splits of {name}")
     folders = [
         {(label, os.path.dirname(path)) for path, label in getattr(source, "samples", ())}
         for source in sources
     ]
     one, two = ({os.path.realpath(folder) for _, folder in found} for found in folders)
     if one & two:
-        sys.exit(f"probe.py: train and val of {data} are the same files; split them")
+        sys.exit(f"probe.py: train and val of {name} are the same files; split them")
     labels = [label for label, _ in folders[0]]  # one folder below a class, as images/, is usual
     if len({*labels}) < len(labels):
-        sys.exit(f"probe.py: classes of {data} have several folders each; which are the classes?")
+        sys.exit(f"probe.py: classes of {name} have several folders each; which are the classes?")
     return sources
 
 
@@ -446,7 +447,7 @@ def main(argv=None):
         if options.finetune:
             result = finetune(encoder, *sources, size, options, device)
         else:
-            images = [train.Images(source, size) for source in sources]
+            images = [data.Images(source, size) for source in sources]
             result = frozen_probes(encoder, *images, options, device)
         if rank == 0:
             about = {"ckpt": options.ckpt, "step": step}

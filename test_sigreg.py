@@ -31,6 +31,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as tv
 
+import data
 import masks
 import model
 import probe
@@ -651,10 +652,11 @@ def step_gradients(flags, at_once, dtype):
     train.fill_in(args, 20_000, 32, 1)
     net, _ = train.build(args, CPU)
     encoder = net.to(dtype).encoder
-    images = torch.from_numpy(np.stack([train.Shapes()[i][0] for i in range(25)]))
+    images = torch.from_numpy(np.stack([data.Shapes()[i][0] for i in range(25)]))
     images, mine = images.permute(0, 3, 1, 2), torch.arange(25)
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
-    views, drawn = train.draw(args, [images], crops, mine, encoder, step=5)
+    views = data.crop_batch(images, crops, data.generator_of("crops", args.seed, 5), mine, 25)
+    views, drawn = train.draw(args, views, mine, encoder, step=5)
     embeddings = net([view.to(dtype) for view in views], *drawn)
     loss, _ = train.loss_of(args, embeddings, drawn, encoder, step=5)
     loss.backward()
@@ -736,7 +738,7 @@ def refuse(main, arguments, match):
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    monkeypatch.setattr(train.Shapes, "__len__", lambda self: 200 if self.val else 600)
+    monkeypatch.setattr(data.Shapes, "__len__", lambda self: 200 if self.val else 600)
 
 
 @pytest.fixture(scope="module")
@@ -772,7 +774,7 @@ def test_learning_rate_is_a_function_of_the_step(tmp_path, few_shapes):
     flags += "--weight-decay 0.04 --weight-decay-end 0.4 --ema 0.9 --ema-end 1"
     run_train(tmp_path / "ckpt.pt", flags)  # two steps an epoch
     rows = log_of(tmp_path / "ckpt.pt")[1:]
-    assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 5.005e-4, 1e-6])
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, 1.001e-3, 2e-6])
     assert [row["epoch"] for row in rows] == [0, 0, 1, 1]
     refuse(train.main, [*TINY, *f"{flags} --steps 5 --ckpt {tmp_path}/ckpt.pt".split()], "steps=4")
     args, found = filled(flags), []
@@ -786,16 +788,16 @@ def test_learning_rate_is_a_function_of_the_step(tmp_path, few_shapes):
 
 
 def test_every_step_seed_and_purpose_draws_anew(monkeypatch, tmp_path, few_shapes):
-    honest, seeds = train.seed_of, {}
+    honest, seeds = data.seed_of, {}
 
     def spy(*key):
         assert key not in seeds or key[0] == "masks" and key[2] == 0  # which build checks
         return seeds.setdefault(key, honest(*key))
 
-    monkeypatch.setattr(train, "seed_of", spy)
+    monkeypatch.setattr(data, "seed_of", spy)
     for seed in (0, 1):
         run_train(tmp_path / f"{seed}.pt", f"--augment color --steps 3 --seed {seed}")
-    assert {key[0] for key in seeds} == {*train.PURPOSES}
+    assert {key[0] for key in seeds} == {*data.PURPOSES}
     draws = torch.stack([torch.rand(1000, generator=generator(seed)) for seed in seeds.values()])
     together = draws.corrcoef().fill_diagonal_(0).abs().max()
     assert together < 0.2  # 6 standard deviations
@@ -1040,7 +1042,7 @@ def test_bad_settings_end_in_one_line(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------- defaults by the kind of data
 def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
-    chosen = [filled(f"--data {data}", side=side) for data, side in (("x", 32), ("x", 300))]
+    chosen = [filled(f"--data {name}", side=side) for name, side in (("x", 32), ("x", 300))]
     chosen = [(args.model, args.image_size, args.augment, args.lr) for args in chosen]
     assert chosen == [("vit_n4", 32, "color", 2e-3), ("vit_s16", 224, "none", 1e-3)]
     crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
@@ -1060,7 +1062,7 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
 
 
 def jpeg_folder(folder, per_class=12, classes=2, size=40):
-    shapes = train.Shapes()
+    shapes = data.Shapes()
     for split, label, i in itertools.product(("train", "val"), range(classes), range(per_class)):
         path = folder / split / f"class{label}" / f"{i:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1070,9 +1072,9 @@ def jpeg_folder(folder, per_class=12, classes=2, size=40):
 
 # --------------------------------------------------------------------------------------------- data
 def test_shapes_are_a_function_of_seed_and_index():
-    a, b = train.Shapes(1), train.Shapes(1)
+    a, b = data.Shapes(1), data.Shapes(1)
     assert np.array_equal(a[7][0], b[7][0]) and a[7][1] == 7
-    others = a[17], train.Shapes(2)[7], train.Shapes(1, "val")[7]
+    others = a[17], data.Shapes(2)[7], data.Shapes(1, "val")[7]
     assert not any(np.array_equal(a[7][0], image) for image, _ in others)
 
 
@@ -1098,7 +1100,7 @@ def test_every_kind_of_image_file_is_read_right(tmp_path):
     for name in ("gif", "jpg", "bmp", "webp"):
         eight.convert("RGB").save(tmp_path / f"8.{name}")
     for path in sorted(tmp_path.iterdir()):
-        image = np.asarray(train.read_image(path))
+        image = np.asarray(data.read_image(path))
         assert image.shape == (8, 256, 3) and image.mean() == pytest.approx(127.5, abs=1), path
         assert len(np.unique(image)) > 100, f"{path}: clipped"
     pixels = np.zeros((4, 6, 4), np.uint8)  # black, and seen in the first row alone
@@ -1106,11 +1108,11 @@ def test_every_kind_of_image_file_is_read_right(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     Image.fromarray(pixels).save(tmp_path / "clear.png", exif=exif)
-    image = np.asarray(train.read_image(tmp_path / "clear.png"))
+    image = np.asarray(data.read_image(tmp_path / "clear.png"))
     assert (image[:, -1] == 0).all() and (image[:, :-1] == 255).all() and image.shape == (6, 4, 3)
     Image.fromarray((ramp * 1000).astype(np.float32)).save(tmp_path / "F.tif")
-    with pytest.raises(OSError, match=r"^train\.py: cannot read image .*F.tif .*mode F"):
-        train.read_image(tmp_path / "F.tif")
+    with pytest.raises(OSError, match=r"^data\.py: cannot read image .*F.tif .*mode F"):
+        data.read_image(tmp_path / "F.tif")
 
 
 def test_images_of_12_bits_in_16_are_refused(tmp_path):
@@ -1120,29 +1122,29 @@ def test_images_of_12_bits_in_16_are_refused(tmp_path):
     for i in range(3):
         Image.fromarray(pixels).save(folder / f"{i}.png")
     with pytest.raises(SystemExit, match="such as .*0.png, have values up to 1023 of 65535"):
-        train.open_data(str(tmp_path / "photos"), "", "train")
+        data.open_data(str(tmp_path / "photos"), "", "train")
     Image.fromarray(64 * pixels).save(folder / "1.png")  # a dark one among others is fine
-    assert len(train.open_data(str(tmp_path / "photos"), "", "train")) == 3
+    assert len(data.open_data(str(tmp_path / "photos"), "", "train")) == 3
 
 
 def test_downloads_that_broke_off_end_in_one_line(monkeypatch, capsys):
     def broken(root, **arguments):
         raise EOFError("Compressed file ended before the end-of-stream marker was reached")
 
-    short, sets = lambda root, **arguments: range(7), train.DATASETS
+    short, sets = lambda root, **arguments: range(7), data.DATASETS
     for make, says in ((broken, "Compressed file ended"), (short, "it has 7 of its 10000 images")):
         monkeypatch.setitem(sets, "cifar10", (make, *sets["cifar10"][1:]))
         with pytest.raises(SystemExit, match=f"cifar10 is not in there.*{says}.*; remove"):
-            train.open_data("cifar10", "there", "val")
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+            data.open_data("cifar10", "there", "val")
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="svhn needs scipy: pip install scipy"):
-        train.open_data("svhn", "there", "val")
+        data.open_data("svhn", "there", "val")
 
 
 def test_normalize_takes_images_between_0_and_1():
     for images in (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 255.0)):
         with pytest.raises(ValueError, match="divide by 255"):
-            train.normalize(images)
+            data.normalize(images)
 
 
 def test_names_that_a_terminal_cannot_print(tmp_path):
@@ -1161,10 +1163,10 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
         (folder / "train" / "class1" / name).parent.mkdir(exist_ok=True)
         (folder / "train" / "class1" / name).write_text("none")
     Image.new("RGB", (40, 40)).save(folder / "train" / "class1" / "one.gif")
-    data = train.open_data(str(folder), "", "train")
-    assert len(data) == 7 and "left out 3 files, such as " in capsys.readouterr().out
+    images = data.open_data(str(folder), "", "train")
+    assert len(images) == 7 and "left out 3 files, such as " in capsys.readouterr().out
     (folder / "train" / "class0" / "loop").symlink_to(folder / "train" / "class0")
-    assert len(train.open_data(str(folder), "", "train")) == 7
+    assert len(data.open_data(str(folder), "", "train")) == 7
 
 
 def test_a_broken_image_saves_and_ends_in_one_line(tmp_path, monkeypatch, capsys):
@@ -1173,9 +1175,9 @@ def test_a_broken_image_saves_and_ends_in_one_line(tmp_path, monkeypatch, capsys
     folder = jpeg_folder(tmp_path / "photos", per_class=16, size=100)
     flags = [*TINY, "--batch-size", "4", "--model", "vit_n32", "--image-size", "96", "--workers"]
     flags += ["1", "--save-every", "100", "--data"]
-    order = [key for batch in train.batch_keys(32, 4, 0, 8, 0, torch.arange(4)) for key in batch]
-    data = train.open_data("photos", "", "train")
-    bad = Path(data.samples[order[7 * 4 + 1][1]][0])  # read for the last step
+    order = [key for batch in data.batch_keys(32, 4, 0, 8, 0, torch.arange(4)) for key in batch]
+    images = data.open_data("photos", "", "train")
+    bad = Path(images.samples[order[7 * 4 + 1][1]][0])  # read for the last step
     good = bad.read_bytes()
     bad.write_bytes(good[: len(good) // 2])  # its header is whole
     with pytest.raises(SystemExit, match="1"):
@@ -1229,15 +1231,15 @@ def test_two_nodes_with_other_settings_end_in_one_line(tmp_path):
 
 
 def test_images_are_a_function_of_seed_epoch_and_index():
-    source, kinds = train.Shapes(40), [(2, 32, 0.3, 1), (3, 12, 0.05, 0.3)]
-    images, state = train.Images(source, 32, kinds, seed=3), torch.get_rng_state()
+    source, kinds = data.Shapes(40), [(2, 32, 0.3, 1), (3, 12, 0.05, 0.3)]
+    images, state = data.Images(source, 32, kinds, seed=3), torch.get_rng_state()
     views, label = images[(1, 5)]
     assert [view.shape for view in views] == [(2, 3, 32, 32), (3, 3, 12, 12)] and label == 5
     assert all(map(torch.equal, views, images[(1, 5)][0]))
     assert torch.equal(torch.get_rng_state(), state)
     keys = itertools.product((0, 1), (0, 1), range(3))
     same = [source[0]] * 3
-    found = [train.Images(same, 32, kinds, s)[e, i][0] for s, e, i in keys]
+    found = [data.Images(same, 32, kinds, s)[e, i][0] for s, e, i in keys]
     every = torch.cat([large.flatten(1) for large, _ in found])
     assert len(every.unique(dim=0)) == 24  # two views for each seed, epoch and index
 
@@ -1250,7 +1252,7 @@ def test_photometric_is_torchvisions_with_the_same_factors():
     u[:, 3] = 0.5  # no turn of the hue: the two turn it in different planes
     branches = (4, 0.8), (5, 0.2), (7, 0.5), (8, 0.2)
     assert all(0 < (u[:, i] < p).sum() < 40 for i, p in branches)  # each is taken, and is not
-    for image, draw, got in zip(x, u.tolist(), train.photometric(x, u, 0.5, 0.2), strict=True):
+    for image, draw, got in zip(x, u.tolist(), data.photometric(x, u, 0.5, 0.2), strict=True):
         if draw[4] < 0.8:
             image = tv.adjust_brightness(image, 1 + (2 * draw[0] - 1) * 0.4)
             image = tv.adjust_contrast(image, 1 + (2 * draw[1] - 1) * 0.4)
@@ -1269,7 +1271,7 @@ def test_photometric_is_torchvisions_with_the_same_factors():
 def test_blur_is_as_wide_as_its_docstring_says(side, width):
     x = torch.zeros(1, 1, side, side)
     x[..., side // 2, side // 2] = 1
-    profile = train.blur(x, torch.tensor([[2.0]]))[0, 0].sum(0)
+    profile = data.blur(x, torch.tensor([[2.0]]))[0, 0].sum(0)
     offsets = torch.arange(side) - side // 2
     assert (profile @ offsets.square().float()).sqrt().item() == pytest.approx(width, abs=0.005)
 
@@ -1278,7 +1280,7 @@ def test_hue_turns_by_its_angle():
     x, u = 0.4 + 0.2 * torch.rand(9, 3, 4, 4, generator=generator()), torch.full((9, 9), 0.5)
     u[:, 3] = torch.linspace(0, 1, 9)
     yiq = torch.from_numpy(train.YIQ).float()
-    pair = x, train.photometric(x, u)
+    pair = x, data.photometric(x, u)
     (luma, *before), (same, *after) = (torch.einsum("ic,bchw->ibhw", yiq, y) for y in pair)
     torch.testing.assert_close(luma, same, atol=1e-5, rtol=0)
     turned = torch.complex(*after) / torch.complex(*before)
@@ -1291,7 +1293,7 @@ def test_resized_crop_is_torchvisions_of_the_same_box(height, width, side):
     x = torch.rand(100, 3, height, width, generator=generator(), dtype=torch.float64)
     u = torch.rand(100, 23, generator=generator(1), dtype=torch.float64)
     sizes = []
-    for image, draw, out in zip(x, u, train.resized_crop(x, u, side, (0.05, 1.0)), strict=True):
+    for image, draw, out in zip(x, u, data.resized_crop(x, u, side, (0.05, 1.0)), strict=True):
         for attempt in range(10):
             area = height * width * (0.05 + 0.95 * draw[attempt])
             ratio = math.exp((2 * draw[10 + attempt] - 1) * math.log(4 / 3))
@@ -1309,48 +1311,46 @@ def test_resized_crop_is_torchvisions_of_the_same_box(height, width, side):
 
 def test_every_view_is_drawn_on_its_own():
     image = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator())
-    batch, rows, two = image.expand(4, -1, -1, -1), torch.arange(4), [(2, 32, 0.3, 1)]
+    batch, mine, two = image.expand(4, -1, -1, -1), torch.arange(4), [(2, 32, 0.3, 1)]
     wanted = tv.normalize(batch / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     args, every = filled("--batch-size 4"), []
-    torch.testing.assert_close(train.draw(args, [batch[:, None]], (), rows, GRID, 1)[0][0], wanted)
-    for flags, images, crops in (
-        ("--recipe crops --augment crop", batch, two),
-        ("--augment color", batch[:, None], ()),
-    ):
-        args = filled(f"--batch-size 4 {flags}")
-        for seed in (1, 2):
-            every += train.draw(args, [images], crops, rows, GRID, seed)[0]
+    torch.testing.assert_close(train.draw(args, [batch], mine, GRID, 1)[0][0], wanted)
+    for step in (1, 2):
+        every += data.crop_batch(batch, two, data.generator_of("crops", 0, step), mine, 4)
+        every += train.draw(filled("--batch-size 4 --augment color"), [batch], mine, GRID, step)[0]
     every = torch.cat(every).flatten(1)
     assert len(every) == 32 and len(every.unique(dim=0)) >= 24  # some colours are left alone (0.16)
 
 
 def test_batches_cover_an_epoch_over_ranks():
     rows = torch.arange(6).tensor_split(4)  # 2, 2, 1, 1
-    shares = [list(train.batch_keys(23, 6, 0, 6, 0, part)) for part in rows]
-    whole = list(train.batch_keys(23, 6, 0, 6, 0, torch.arange(6)))
+    shares = [list(data.batch_keys(23, 6, 0, 6, 0, part)) for part in rows]
+    whole = list(data.batch_keys(23, 6, 0, 6, 0, torch.arange(6)))
     assert whole == [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
-    assert list(train.batch_keys(23, 6, 4, 6, 0, rows[1])) == shares[1][4:]
+    assert list(data.batch_keys(23, 6, 4, 6, 0, rows[1])) == shares[1][4:]
     for epoch in (0, 1):
         keys = [key for batch in whole[3 * epoch : 3 * epoch + 3] for key in batch]
         assert len({*keys}) == 18 and {e for e, _ in keys} == {epoch}
-    orders = whole[:3], whole[3:], [*train.batch_keys(23, 6, 0, 3, 1, torch.arange(6))]
+    orders = whole[:3], whole[3:], [*data.batch_keys(23, 6, 0, 3, 1, torch.arange(6))]
     orders = [tuple(i for batch in batches for _, i in batch) for batches in orders]
     assert len({*orders}) == 3  # by epoch, and by seed
 
 
-HELD = {"--augment none": [], "--recipe crops": [(2, 32, 0.3, 1), (6, 16, 0.05, 0.3)]}
-
-
-@pytest.mark.parametrize("flags, kinds", HELD.items())
-def test_small_images_of_one_size_are_held(flags, kinds, few_shapes):
-    args, data = filled(flags), train.Shapes()
-    loader, found = train.load(args, data, 1, 2, torch.arange(32), CPU)
-    assert found == kinds
-    (keys,), (batch,) = train.batch_keys(600, 32, 1, 2, 0, torch.arange(32)), next(iter(loader))
-    wanted = torch.stack([torch.from_numpy(data[i][0]).permute(2, 0, 1) for _, i in keys])
-    assert torch.equal(batch if kinds else batch[:, 0], wanted)
+def test_small_images_of_one_size_are_held(few_shapes):
+    images, kinds = data.Shapes(), [(2, 32, 0.3, 1), (6, 16, 0.05, 0.3)]
+    settings = 32, 1, 2, 0, torch.arange(32), 0, CPU
+    (keys,) = data.batch_keys(600, 32, 1, 2, 0, torch.arange(32))
+    wanted = torch.stack([torch.from_numpy(images[i][0]).permute(2, 0, 1) for _, i in keys])
+    ((view,),) = data.batches(images, 32, [], *settings)
+    assert torch.equal(view, wanted / 255)
+    (views,) = data.batches(images, 32, kinds, *settings)
+    again = data.crop_batch(wanted, kinds, data.generator_of("crops", 0, 2), torch.arange(32), 32)
+    assert [view.shape[2] for view in views] == [32] * 2 + [16] * 6
+    assert all(map(torch.equal, views, again))
+    assert train.crops_of(filled("--recipe crops --local-size 16")) == kinds
+    assert train.crops_of(filled("--augment none")) == []
     for sizes in ([(100, 100)], [(64, 50_000)], [(40, 40), (40, 44)]):  # large, 9.6 GB, two sizes
-        assert train.hold(range(1000), sizes, 0, CPU) is None
+        assert data.hold(range(1000), sizes, 0, CPU) is None
 
 
 def test_large_photographs_are_the_same_with_any_number_of_workers(tmp_path):
@@ -1391,7 +1391,7 @@ def test_probes_print_and_leave_the_encoder_alone(trained, capsys, monkeypatch, 
 
 
 def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, few_shapes):
-    honest, draw, heads, results = probe.fit_heads, train.Shapes.__getitem__, [], []
+    honest, draw, heads, results = probe.fit_heads, data.Shapes.__getitem__, [], []
     keep = lambda *a, **settings: heads.append(honest(*a, **settings)) or heads[-1]
     monkeypatch.setattr(probe, "fit_heads", keep)
 
@@ -1400,7 +1400,7 @@ def test_validation_labels_never_reach_training(trained, capsys, monkeypatch, fe
         return image, (7 * label + 3) % 10 if self.val else label
 
     for item in (draw, permuted):
-        monkeypatch.setattr(train.Shapes, "__getitem__", item)
+        monkeypatch.setattr(data.Shapes, "__getitem__", item)
         results.append(run_probe(capsys, trained[0], "--layers", "1"))
     for before, after in zip(heads[:2], heads[2:], strict=True):  # the grid, and the chosen head
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
@@ -1475,13 +1475,13 @@ def test_finetuning_trains_and_scores_what_it_says(monkeypatch, few_shapes):
     build = probe.Classifier
     monkeypatch.setattr(probe, "Classifier", lambda *a: nets.append(build(*a)) or nets[-1])
     start.blocks[0].register_forward_hook(lambda module, *_: modes.append(module.training))
-    sets = [train.Shapes(0, split) for split in ("train", "val")]
+    sets = [data.Shapes(0, split) for split in ("train", "val")]
     found = probe.finetune(start, *sets, 32, options, CPU)["finetune"]
     assert modes == [True] * 3 + [False] * 4  # 200 images, 64 at once
     encoder, head = nets[0].encoder, nets[0].head
     for p, q in zip(encoder.parameters(), start.parameters(), strict=True):
         assert not torch.equal(p, q)
-    x, y = probe.extract_features(encoder, train.Images(sets[1], 32))
+    x, y = probe.extract_features(encoder, data.Images(sets[1], 32))
     assert found == pytest.approx(100 * (head(x).argmax(1) == y).float().mean().item(), abs=0.01)
 
 
@@ -1543,19 +1543,19 @@ def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
 
 
 def test_features_are_of_normalised_images(few_shapes):
-    encoder, data = small_vit().eval(), torch.utils.data.Subset(train.Shapes(), range(5))
-    x = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in data]) / 255
+    encoder, five = small_vit().eval(), torch.utils.data.Subset(data.Shapes(), range(5))
+    x = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in five]) / 255
     tokens = encoder(tv.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     cls, avg = tokens[:, 0], tokens[:, 1:].mean(1)
     for pool, wanted in (("cls", cls), ("avg", avg)):
-        found, labels = probe.extract_features(encoder, train.Images(data, 32), pool, batch_size=2)
+        found, labels = probe.extract_features(encoder, data.Images(five, 32), pool, batch_size=2)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         assert labels.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"training mode; call \.eval"):
-        probe.extract_features(encoder.train(), train.Images(data, 32))
+        probe.extract_features(encoder.train(), data.Images(five, 32))
     encoder.num_prefix_tokens = 5  # timm's name, of CLS and four registers
     with pytest.raises(ValueError, match="no registers"):
-        probe.extract_features(encoder.eval(), train.Images(data, 32))
+        probe.extract_features(encoder.eval(), data.Images(five, 32))
 
 
 @pytest.mark.parametrize("k", [1, 20, 1000])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import model
 import train
 
@@ -29,12 +30,12 @@ encoder = model.vit(args["model"], args["image_size"]).eval()
 encoder.load_state_dict(saved["encoder"])
 
 side = args["image_size"] * max(min(4, 448 // args["image_size"]), 1)
-data = train.open_data(args["data"], args["data_root"], "val", args["seed"])
-images = train.Images(data, side)
+source = data.open_data(args["data"], args["data_root"], "val", args["seed"])
+images = data.Images(source, side)
 chosen = torch.linspace(0, len(images) - 1, 8).long().tolist()
 images = torch.cat([images[0, i][0][0] for i in chosen]) / 255
 with torch.no_grad():
-    tokens = encoder(train.normalize(images))[:, 1:].flatten(0, 1).double()  # (8 P, D)
+    tokens = encoder(data.normalize(images))[:, 1:].flatten(0, 1).double()  # (8 P, D)
 tokens -= tokens.mean(0)
 axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)  # the largest first
 axes *= axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
