@@ -1425,7 +1425,9 @@ def test_few_shots_are_so_many_of_each_class(monkeypatch):
 def test_what_was_trained_is_what_is_read(tmp_path, capsys, few_shapes, monkeypatch):
     path = tmp_path / "teacher.pt"
     saved, read = run_train(path, "--steps 2 --ema 0.9"), []
-    monkeypatch.setattr(probe, "frozen_probes", lambda encoder, *_: read.append(encoder) or {})
+    monkeypatch.setattr(
+        probe, "frozen_probes", lambda encoder, *_: read.append(encoder) or {"classes": 2}
+    )
     for flags, part in (([], "teacher"), (["--student"], "encoder")):
         assert run_probe(capsys, path, *flags)["part"] == part
         assert torch.equal(read[-1].cls_token, saved[part]["cls_token"])
@@ -1641,9 +1643,14 @@ for name in {names}:
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def test_pictures_of_tokens_refuse_in_one_line(trained, tmp_path):
-    path, script = tmp_path / "crops.pt", HERE / "assets" / "pca.py"
+def test_readmes_lines_and_pictures_of_a_network_without_tokens(trained, tmp_path, monkeypatch):
+    path, script = tmp_path / "ckpt.pt", HERE / "assets" / "pca.py"
     run_train(path, "--steps 1 --recipe crops --model resnet18 --batch-size 4 --local-views 0")
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(saved = .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    names = {"torch": torch, "model": model, "data": data, "images": torch.rand(4, 3, 32, 32)}
+    exec(block[1], names)  # noqa: S102
+    assert names["features"].shape == (4, 512)
     for arguments, says in (
         ((path, tmp_path / "a.png"), "resnet18 has no patch tokens"),
         ((trained[0], tmp_path / "p.foo"), "p.foo must end in .png or .jpg"),
@@ -1665,7 +1672,7 @@ def test_shown_code_runs(trained, monkeypatch):
     """README's lines that load an encoder, and the step in the docstring of Masked."""
     monkeypatch.chdir(trained[0].parent)
     images, encoder = torch.rand(4, 3, 32, 32), small_vit()
-    names = {"torch": torch, "model": model, "train": train, "images": images}
+    names = {"torch": torch, "model": model, "data": data, "images": images}
     block = re.search(r"```python\n(saved = .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(block[1], names)  # noqa: S102
     encoder.load_state_dict(trained[1]["encoder"])

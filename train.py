@@ -434,7 +434,7 @@ def compare_ranks(mine, world):
 
 def check_settings(path, before, now):
     """Exits where a command has other settings than the run that it would continue."""
-    may_change, sizes = set(MAY_CHANGE.split()), (before["image_bytes"], now["image_bytes"])
+    may_change, sizes = set(MAY_CHANGE.split()), [x.get("image_bytes") or () for x in (before, now)]
     ends = now["weight_decay_end"], now["ema_end"]
     if now["schedule"] == "cosine" or ends != (None, None):  # the length is part of it
         may_change -= {"epochs", "steps"}
@@ -570,7 +570,7 @@ def add_run(parser):
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive, default=256, help="images a step, over all ranks [256]")
     add("--micro-batch", type=positive, help="images that a rank has in memory at once; exact")
-    add("--epochs", type=positive, help="passes over the data [100; 300; shapes 5]")
+    add("--epochs", type=positive, help="passes over the data [100; 300; shapes 2]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
     add("--lr", type=real, help="AdamW's learning rate [2e-3; 1e-3; crops 5e-4]")
     add(
@@ -651,7 +651,7 @@ def defaults(args, side):
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen = {"augment": "none", "epochs": 300, "lr": 1e-3}
     chosen |= {} if large else {"augment": "color", "epochs": 100, "lr": 2e-3}
-    chosen |= {"augment": "none", "epochs": 5} if shapes else {}
+    chosen |= {"augment": "none", "epochs": 2} if shapes else {}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
     both = not one_way(args)
     chosen |= {"directions": "both" if both else "one", "image_loss": float(both)}
