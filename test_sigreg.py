@@ -4,6 +4,7 @@ Grouped as the files are. Tolerances: 1e-10 and below is float64 rounding over s
 terms, 1e-5 is float32's; others say why.
 """
 
+import ast
 import csv
 import io
 import itertools
@@ -1666,6 +1667,27 @@ def test_readmes_loss_code_is_the_code():
     blocks = re.findall(r"```python\n(def .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     source = re.sub(r' {4}"""(.|\n)*?"""\n', "", (HERE / "sigreg.py").read_text())
     assert len(blocks) == 2 and all(block in source for block in blocks)
+
+
+def test_lines_of_source_bs_loss_are_those_that_results_counts():
+    text = (HERE / "sigreg.py").read_text()
+    lines, counts = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            code = {*range(first, node.end_lineno + 1)}
+            for part in ast.walk(node):
+                if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+                    code -= {*range(part.body[0].lineno, part.body[0].end_lineno + 1)}
+            code = [lines[i - 1].strip() for i in code]
+            counts[node.name] = sum(bool(line) and not line.startswith("#") for line in code)
+    both = (
+        "multi_view_loss prediction_loss wide sum_over_ranks _world quadrature random_directions "
+    )
+    plain, fast = "sketched_sigreg_plain", "sketched_sigreg _Sketched _SumOverRanks _check SIGReg"
+    plain, fast = (sum(counts[name] for name in (both + more).split()) for more in (plain, fast))
+    said = f"{plain} lines of code as on paper, {fast} as train.py runs it"
+    assert said in (HERE / "RESULTS.md").read_text()
 
 
 def test_shown_code_runs(trained, monkeypatch):

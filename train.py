@@ -1,6 +1,6 @@
 """Train LeJEPA: one encoder, one loss, prediction + SIGReg; no teacher, no stop-gradient.
 
-    python train.py                                         # images drawn here: 1 to 2 minutes
+    python train.py                                         # images drawn here: about a minute
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data photos                           # a folder: photos/train/<class>/*.jpg
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
@@ -8,8 +8,9 @@
 
 `--recipe masked` (source A, the default) encodes a context and some blocks of the image apart, and
 predicts the blocks' tokens from the context. `--recipe crops` (source B, arXiv:2511.08544) encodes
-several crops of an image and pulls their projections together. The loop comes first, then what it
-calls: steps, log, checkpoints, data, command line. (--ema and --stop-grad are for comparison.)
+several crops of an image and pulls their projections together; masked does so, too, with its
+context and targets. The loop comes first, then what it calls: steps, log, checkpoints, command
+line; data.py has the data. (--ema and --stop-grad are for comparison.)
 
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
@@ -76,9 +77,8 @@ def train(args, images, device, rank, world):
         optimizer.step()
         optimizer.zero_grad()
         if teacher:  # --ema, for comparison with I-JEPA
-            momentum = between(args.ema, args.ema_end, step / total)
-            follow = get_ema_multi_avg_fn(momentum)
-            follow(list(teacher.parameters()), list(encoder.parameters()), None)
+            update = get_ema_multi_avg_fn(between(args.ema, args.ema_end, step / total))
+            update(list(teacher.parameters()), list(encoder.parameters()), None)
         stop = exit_code(caught, world)
         log_now = step % args.log_every == 0 or step == total
         save_now = step % args.save_every == 0 or step == total or stop

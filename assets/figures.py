@@ -1,6 +1,6 @@
 """Draws the figures of README.md and RESULTS.md from results.csv. It needs matplotlib.
 
-python assets/figures.py      # writes curves.png and lambda.png beside this file
+python assets/figures.py      # writes curves.png, lambda.png and method.png beside this file
 """
 
 import csv
@@ -11,9 +11,10 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 PROBES = {"knn": "k-NN", "last": "linear, last block", "last4": "linear, last four blocks"}
 COLOURS = {
-    "masked": "#d6453d",
-    "masked, rate to 0": "#8c1c17",
-    "masked narrow": "#eba6a2",
+    "masked": "#8c1c17",
+    "patches alone": "#d6453d",
+    "patches alone, rate to 0": "#e08a85",
+    "patches alone narrow": "#eebfbc",
     "crops": "#2f6fd0",
     "I-JEPA": "#2e9e5b",
 }
@@ -43,6 +44,8 @@ def curves():
             means = [
                 (images, sum(on_cpu[images]) / len(on_cpu[images])) for images in sorted(on_cpu)
             ]
+            if not means:
+                continue
             axis.plot(*zip(*means, strict=True), "o-", color=colour, ms=4, label=run)
             if on_gpu:
                 axis.plot(*zip(*on_gpu, strict=True), "D", color=colour, ms=5, mfc="white")
@@ -75,6 +78,79 @@ def lam():
     figure.savefig(HERE / "lambda.png", dpi=130, facecolor="white", bbox_inches="tight")
 
 
+INK, BLUE, RED, GREEN = "#333333", "#2f6fd0", "#d6453d", "#2e9e5b"
+
+
+def box(axis, x, y, width, height, text, colour=INK):
+    """A box around its centre, with its text."""
+    corner = x - width / 2, y - height / 2
+    style = {"boxstyle": "round,pad=0,rounding_size=0.08", "fc": "white", "ec": colour, "lw": 1.3}
+    axis.add_patch(plt.matplotlib.patches.FancyBboxPatch(corner, width, height, **style))
+    axis.text(x, y, text, ha="center", va="center", fontsize=8.5, color=colour)
+
+
+def arrow(axis, start, end, colour=INK):
+    axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.2})
+
+
+def picture(axis, x, y, pieces, grid=8, side=1.5):
+    """An image as a grid of patches; pieces: (row, column, height, width, colour) in patches."""
+    step = side / grid
+    for row, column, height, width, colour in pieces:
+        corner = x - side / 2 + column * step, y + side / 2 - (row + height) * step
+        axis.add_patch(plt.Rectangle(corner, width * step, height * step, fc=colour, alpha=0.75))
+    for i in range(grid + 1):
+        at = -side / 2 + i * step
+        axis.plot([x + at, x + at], [y - side / 2, y + side / 2], color=INK, lw=0.4)
+        axis.plot([x - side / 2, x + side / 2], [y + at, y + at], color=INK, lw=0.4)
+
+
+def method():
+    """The two recipes side by side: an image, one encoder, and where the losses look."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.4))
+    for axis, title in zip(axes, ("--recipe masked", "--recipe crops"), strict=True):
+        axis.set(xlim=(0, 12), ylim=(0, 8.4), aspect="equal")
+        axis.set_title(title, family="monospace", fontsize=10, color=INK)
+        axis.axis("off")
+    left, right = axes
+    first, second = (1, 0, 4, 4), (4, 4, 4, 4)
+    holes = [(*block, "white") for block in (first, second)]
+    pieces = [(0, 0, 8, 8, BLUE), *holes], [(*first, RED)], [(*second, GREEN)]
+    for y, patches, name in zip(
+        (6.9, 4.3, 1.7), pieces, ("context", "target", "target"), strict=True
+    ):
+        picture(left, 1.2, y, patches)
+        left.text(1.2, y - 1.05, name, ha="center", fontsize=8.5, color=patches[0][4])
+        arrow(left, (2.1, y), (2.85, 4.3 + (y - 4.3) * 0.6))
+    box(left, 3.7, 4.3, 1.6, 4.4, "one\nencoder")
+    for y, text, loss in (
+        (6.9, "predictor: each side\nfrom the other's mean", "prediction error\nof patch tokens"),
+        (4.3, "patch tokens", "SIGReg (legendre)"),
+        (1.7, "head, on the\nmean patch tokens", "agreement of views,\nSIGReg (sketched)"),
+    ):
+        arrow(left, (4.55, 4.3 + (y - 4.3) * 0.6), (5.2, y))
+        box(left, 6.85, y, 3.2, 1.3, text)
+        arrow(left, (8.5, y), (9.05, y))
+        left.text(9.15, y, loss, va="center", fontsize=8.5, weight="bold", color=INK)
+    crops = (0, 0, 6, 6, BLUE), (2, 1, 6, 7, BLUE), (1, 4, 2, 3, RED), (5, 2, 2, 2, RED)
+    names = "global", "global", "local", "local, and so on"
+    for y, piece, name in zip((7.5, 5.4, 3.3, 1.2), crops, names, strict=True):
+        picture(right, 1.2, y, [piece], side=1.3)
+        right.text(1.2, y - 0.95, name, ha="center", fontsize=8.5, color=piece[4])
+        arrow(right, (2.0, y), (2.85, 4.3 + (y - 4.3) * 0.6))
+    box(right, 3.7, 4.3, 1.6, 4.4, "one\nencoder")
+    arrow(right, (4.55, 4.3), (5.2, 4.3))
+    box(right, 6.85, 4.3, 3.2, 1.3, "projector, on the\nmean patch tokens")
+    for y, loss in (
+        (5.6, "agreement with the\nmean of the global"),
+        (3.0, "SIGReg (sketched)\nof each view"),
+    ):
+        arrow(right, (8.5, 4.3 + (y - 4.3) * 0.3), (9.05, y))
+        right.text(9.15, y, loss, va="center", fontsize=8.5, weight="bold", color=INK)
+    figure.savefig(HERE / "method.png", dpi=130, facecolor="white", bbox_inches="tight")
+
+
 if __name__ == "__main__":
     curves()
     lam()
+    method()
