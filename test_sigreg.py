@@ -1142,6 +1142,29 @@ def test_downloads_that_broke_off_end_in_one_line(monkeypatch, capsys):
         data.open_data("svhn", "there", "val")
 
 
+def downloading_rank(rank, folder):
+    """One of two nodes of two processes: notes when it opens the data."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=4)
+
+    def make(root, **arguments):
+        time.sleep(0.3)
+        with open(f"{root}/order", "a") as file:
+            file.write(f"{rank} ")
+        return range(10_000)
+
+    data.DATASETS["cifar10"] = make, *data.DATASETS["cifar10"][1:]
+    data.open_data("cifar10", folder, "val")
+    dist.destroy_process_group()
+
+
+def test_nodes_download_one_after_the_other(tmp_path):
+    mp.spawn(downloading_rank, (str(tmp_path),), nprocs=4)
+    order = (tmp_path / "order").read_text().split()
+    assert order[:2] == ["0", "2"] and {*order[2:]} == {"1", "3"}
+
+
 def test_normalize_takes_images_between_0_and_1():
     for images in (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 255.0)):
         with pytest.raises(ValueError, match="divide by 255"):
@@ -1447,6 +1470,14 @@ def test_both_readouts_from_one_pass(trained, capsys, few_shapes):
     assert "linear4" not in last and "linear4" not in four
 
 
+def test_the_memory_of_the_linear_probe_is_said_first(trained, capsys, monkeypatch, few_shapes):
+    monkeypatch.setattr(data.Shapes, "__len__", lambda self: 10**6)
+    monkeypatch.setattr(probe, "extract_features", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        probe.main([str(trained[0]), "--device", "cpu"])
+    assert "the linear probe will take 8 GiB" in capsys.readouterr().out
+
+
 def test_two_ranks_probe_what_one_does(trained, tmp_path, capsys):
     photos = jpeg_folder(tmp_path / "photos", per_class=13, classes=3)
     flags = [trained[0], "--device", "cpu", "--workers", "0", "--data", photos]
@@ -1642,6 +1673,9 @@ for name in {names}:
     assert {{*{names}, "torchvision"}} & {{*sys.modules}} == {{name}}
     del sys.modules[name]"""
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    ours = {*names, "data", "train", "probe"}
+    imports = re.findall(r"^(?:import|from) (\w+)", (HERE / "data.py").read_text(), re.MULTILINE)
+    assert not ours & {*imports}
 
 
 def test_readmes_lines_and_pictures_of_a_network_without_tokens(trained, tmp_path, monkeypatch):
