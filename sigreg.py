@@ -151,10 +151,7 @@ def multi_view_loss(z, num_global, lam, regularizer):
     Gradients flow through c as well. Returns loss, prediction loss, regularizer. ValueError for
     another shape of z, and for a num_global that is not in 1 .. V.
     """
-    if z.ndim != 3 or not 1 <= num_global <= len(z):
-        got = f"got {tuple(z.shape)} and {num_global}"
-        raise ValueError(f"sigreg.py: z must be (V, B, D), num_global from 1 to V; {got}")
-    z = wide(z)
+    z = _check_views(z, num_global)
     pred = prediction_loss(z, z[:num_global].mean(0).expand_as(z))
     reg = sum(regularizer(view) for view in z) / len(z)
     return (1 - lam) * pred + lam * reg, pred, reg
@@ -249,6 +246,13 @@ def _check(z):
     if z.ndim != 2 or not z.is_floating_point() or len(z) == 0 and _world() == 1:
         got = f"{z.dtype} {tuple(z.shape)}"
         raise ValueError(f"sigreg.py: z must be a float tensor (N, D) with N above 0, got {got}")
+
+
+def _check_views(z, num_global):
+    if z.ndim != 3 or not 1 <= num_global <= len(z):
+        got = f"got {tuple(z.shape)} and {num_global}"
+        raise ValueError(f"sigreg.py: z must be (V, B, D), num_global from 1 to V; {got}")
+    return wide(z)
 
 
 def centre(z, places=None, num_places=None):

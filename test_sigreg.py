@@ -1718,6 +1718,7 @@ def test_lines_of_source_bs_loss_are_those_that_results_counts():
     both = (
         "multi_view_loss prediction_loss wide sum_over_ranks _world quadrature random_directions "
     )
+    both += "random_directions "
     plain, fast = "sketched_sigreg_plain", "sketched_sigreg _Sketched _SumOverRanks _check SIGReg"
     plain, fast = (sum(counts[name] for name in (both + more).split()) for more in (plain, fast))
     said = f"{plain} lines of code as on paper, {fast} as train.py runs it"
