@@ -308,7 +308,8 @@ def crop_batch(images, crops, generator, mine, batch_size):
 
 
 def hold(data, sizes, workers, device):
-    """All images, uint8 (N, 3, H, W), on the device; None if of several sizes, or large (8 GiB)."""
+    """All images, uint8 (N, 3, H, W), on the device; None if they have several sizes, or more than
+    96 px, or 8 GiB."""
     if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * math.prod(sizes[0]) > 2**33:
         return None
     parts = read(data, workers, batch_size=500, collate_fn=list)

@@ -269,7 +269,7 @@ def _check_pieces(at_once, *modules):
 
 
 class Masked(nn.Module):
-    """Source A: encode the context, encode the targets, predict the targets from the context.
+    """After source A: encode the context, encode the targets, predict each side from the other.
 
     forward takes views, two of (B, 3, S, S), for the context and for the targets: the same crop and
     flip of each image, each view in colours of its own, or twice the same tensor; context (B, Nc)

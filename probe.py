@@ -2,7 +2,7 @@
 
     python probe.py ckpt.pt                         # k-NN, linear, linear on four blocks
     python probe.py ckpt.pt --untrained             # before training: the floor of any claim
-    python probe.py ckpt.pt --pool cls --layers 2   # source B's features: CLS of two blocks
+    python probe.py ckpt.pt --pool cls --layers 2   # CLS of two blocks, as source B's authors read
     python probe.py ckpt.pt --shots 1 10            # and linear with n labels a class
     python probe.py ckpt.pt --data dtd              # transfer to another data set
     python probe.py ckpt.pt --finetune              # all weights on the labels

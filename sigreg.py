@@ -79,8 +79,9 @@ def sketched_sigreg_plain(z, directions, knots=17, t_max=3.0):
         w = phi * [dt, 2 dt, .., 2 dt, dt]                 trapezoid, by symmetry on t >= 0 only
 
     z (N, D), directions (D, M) with unit columns -> scalar >= 0. It is about 1.05 for a standard
-    normal batch whatever N, and grows like N for any other, so lambda goes with 1 / N. The 17 knots
-    on [0, 3] are those of the authors' minimal example; the paper's Algorithm 1 has 17 on [-5, 5].
+    normal batch whatever N, and grows like N for any other, so our lambda goes with 1 / N. The 17
+    knots on [0, 3] are those of the authors' minimal example; the paper's Algorithm 1 has 17 on
+    [-5, 5].
     """
     z = z.double()
     t, phi, w = quadrature(knots, t_max, like=z)
@@ -105,12 +106,12 @@ def masked_loss(
     """The loss of masked prediction, over encoded tokens x (context) and y (targets) without CLS.
 
         source A:      L = mean |z_pred - y|^2 + lam SIGReg(mean token of each image)
-        photographs:   L = sum |z_pred - t|^2 / sum |t|^2 + lam (SIGReg(c) + SIGReg(t)) / 2
+        the default:   L = sum |z_pred - t|^2 / sum |t|^2 + lam (SIGReg(c) + SIGReg(t)) / 2
                        c = centre(x), t = centre(y): each token less the mean of its place
 
     A has a spectral regularizer, and contradicts itself twice: error="norm" sums the square over D
     (its equation), "mse" takes the mean (its listing); on="context" pools the context alone (its
-    algorithm), "pooled" all encoded tokens (its text). Photographs have error="relative",
+    algorithm), "pooled" all encoded tokens (its text). The default is error="relative",
     on="tokens", a legendre regularizer. "smooth_l1" is I-JEPA's error; see prediction_loss.
 
     z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred

@@ -6,11 +6,11 @@
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
     torchrun --nproc_per_node=8 train.py --data photos --model vit_b16 --batch-size 4096 --lr 1.5e-4
 
-`--recipe masked` (source A, the default) encodes a context and some blocks of the image apart, and
-predicts the blocks' tokens from the context. `--recipe crops` (source B, arXiv:2511.08544) encodes
-several crops of an image and pulls their projections together; masked does so, too, with its
-context and targets. The loop comes first, then what it calls: steps, log, checkpoints, command
-line; data.py has the data. (--ema and --stop-grad are for comparison.)
+`--recipe masked` (after source A, the default) encodes a context and some blocks of the image
+apart, and predicts the tokens of each side from the other. `--recipe crops` (source B,
+arXiv:2511.08544) encodes several crops of an image and pulls their projections together; masked
+does so, too, with its context and targets. The loop comes first, then what it calls: steps, log,
+checkpoints, command line; data.py has the data. (--ema and --stop-grad are for comparison.)
 
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
@@ -557,7 +557,7 @@ def add_method(parser):
     names = ["tokens", "pooled", "context"]
     add("--sigreg-on", choices=names, default="tokens", help="what it sees [tokens]")
     add("--lam", type=real, help="SIGReg's weight [1; crops: sketched 12.8 / batch, others 0.05]")
-    add("--image-loss", type=real, help="weight of the loss of whole images, 0: none [1]")
+    add("--image-loss", type=real, help="weight of the loss of whole images [1; 0 with --ema, ...]")
     add("--targets", choices=["blocks", "full"], default="blocks", help="full: encode all [blocks]")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
@@ -672,7 +672,8 @@ def defaults(args, side):
 
 
 def sketched_lam(batch_size):
-    """lambda of multi_view_loss: the statistic grows with the batch; the paper's 0.05 is at 256."""
+    """lambda of multi_view_loss. The statistic grows with the batch, so lambda falls with it, from
+    0.05, which we take as of 256 images; no source gives a rule."""
     return min(float(f"{12.8 / batch_size:.2g}"), 0.5)
 
 
