@@ -32,24 +32,18 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 # ------------------------------------------------------------------------- from a name to images
-#   name: (class, arguments and images of the training split, of the one that is reported)
+#   name: (class, argument, its value and the images of the training split, of the reported one)
 DATASETS = {
-    "cifar10": (datasets.CIFAR10, {"train": True}, 50_000, {"train": False}, 10_000),
-    "cifar100": (datasets.CIFAR100, {"train": True}, 50_000, {"train": False}, 10_000),
-    "dtd": (datasets.DTD, {"split": "train"}, 1_880, {"split": "test"}, 1_880),
-    "fgvc_aircraft": (
-        datasets.FGVCAircraft,
-        {"split": "trainval"},
-        6_667,
-        {"split": "test"},
-        3_333,
-    ),
-    "flowers102": (datasets.Flowers102, {"split": "train"}, 1_020, {"split": "test"}, 6_149),
-    "food101": (datasets.Food101, {"split": "train"}, 75_750, {"split": "test"}, 25_250),
-    "imagenette": (datasets.Imagenette, {"split": "train"}, 9_469, {"split": "val"}, 3_925),
-    "oxford_pets": (datasets.OxfordIIITPet, {"split": "trainval"}, 3_680, {"split": "test"}, 3_669),
-    "stl10": (datasets.STL10, {"split": "train"}, 5_000, {"split": "test"}, 8_000),
-    "svhn": (datasets.SVHN, {"split": "train"}, 73_257, {"split": "test"}, 26_032),
+    "cifar10": (datasets.CIFAR10, "train", True, 50_000, False, 10_000),
+    "cifar100": (datasets.CIFAR100, "train", True, 50_000, False, 10_000),
+    "dtd": (datasets.DTD, "split", "train", 1_880, "test", 1_880),
+    "fgvc_aircraft": (datasets.FGVCAircraft, "split", "trainval", 6_667, "test", 3_333),
+    "flowers102": (datasets.Flowers102, "split", "train", 1_020, "test", 6_149),
+    "food101": (datasets.Food101, "split", "train", 75_750, "test", 25_250),
+    "imagenette": (datasets.Imagenette, "split", "train", 9_469, "val", 3_925),
+    "oxford_pets": (datasets.OxfordIIITPet, "split", "trainval", 3_680, "test", 3_669),
+    "stl10": (datasets.STL10, "split", "train", 5_000, "test", 8_000),
+    "svhn": (datasets.SVHN, "split", "train", 73_257, "test", 26_032),
 }
 
 
@@ -73,14 +67,14 @@ def download(data, root, split):
     own, then the others. An error of one ends all."""
     if data in ("svhn", "flowers102") and not importlib.util.find_spec("scipy"):
         sys.exit(f"data.py: --data {data} needs scipy: pip install scipy")
-    make, *splits = DATASETS[data]
-    arguments, count = splits[2 * (split == "val") :][:2]
+    make, argument, *splits = DATASETS[data]
+    value, count = splits[2:] if split == "val" else splits[:2]
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     turn, problem = 0 if rank == 0 else 1 if local_rank == 0 else 2, ""
     for now in range(3):
         try:
             if now == turn:
-                found = make(root, **arguments, download=True, transform=np.array)
+                found = make(root, **{argument: value}, download=True, transform=np.array)
                 if len(found) != count:
                     problem = f"it has {len(found)} of its {count} images"
         except Exception as error:  # noqa: BLE001 (no network, or whatever a damaged file raises)
@@ -235,9 +229,10 @@ PURPOSES = "order crops masks colours directions network".split()
 
 def seed_of(purpose, *numbers):
     """The seed of what is drawn for a purpose, from --seed and the step, the epoch, the image's
-    number ...: a hash, so that no two draws share their random numbers."""
+    number ...: a hash, so that draws of a step are unrelated. It has the 32 bits that torch keeps
+    on CPUs, so two draws of a long run may be the same, at steps with nothing in common."""
     key = 1 + PURPOSES.index(purpose), *numbers
-    return int(np.random.SeedSequence(key).generate_state(1)[0])  # torch keeps 32 bits on CPUs
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def generator_of(purpose, *numbers):

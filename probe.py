@@ -371,10 +371,11 @@ def load_encoder(options, checkpoint):
     is_vit = hasattr(encoder, "blocks")
     # by default both readouts from one pass: source A's, the last block, and I-JEPA's, four
     default = is_vit and not (options.layers or options.pool)
-    options.pool, options.layers = options.pool or args["pool"], options.layers or 1
-    if args["recipe"] == "crops" and is_vit and options.pool != args["pool"]:
+    trained = args.get("pool", "avg")
+    options.pool, options.layers = options.pool or trained, options.layers or 1
+    if args["recipe"] == "crops" and is_vit and options.pool != trained:
         other = f"--pool {options.pool} had no gradient in training; leave it out"
-        sys.exit(f"probe.py: {options.ckpt} was trained with --pool {args['pool']}: {other}")
+        sys.exit(f"probe.py: {options.ckpt} was trained with --pool {trained}: {other}")
     options.layer_decay = options.layer_decay if is_vit else 1.0  # no other encoder has layers
     options.blocks = min(4, len(encoder.blocks)) if default else options.layers
     wants = {f"--pool {options.pool}": options.pool == "cls", "--layers": options.layers > 1}
@@ -383,9 +384,10 @@ def load_encoder(options, checkpoint):
             sys.exit(f"probe.py: {flag} needs a ViT's tokens; leave it out for {name}")
     if is_vit and options.layers > len(encoder.blocks):
         sys.exit(f"probe.py: --layers {options.layers}: {name} has {len(encoder.blocks)} blocks")
-    options.part = "teacher" if "teacher" in checkpoint and not options.student else "encoder"
     if options.student and "teacher" not in checkpoint:
         sys.exit(f"probe.py: --student: {options.ckpt} has no teacher; leave it out")
+    own = options.student or options.untrained or "teacher" not in checkpoint
+    options.part = "encoder" if own else "teacher"
     if not options.untrained:
         encoder.load_state_dict(checkpoint[options.part])  # strict: exactly these names and shapes
     return encoder
@@ -414,20 +416,16 @@ def open_splits(name, root, seed):
 
 def show(about, result, options):
     """The header, with what all numbers share, and a line for each number."""
-    seen = (
-        " (which masked training shows to the predictor alone)"
-        if about["recipe"] == "masked"
-        else ""
-    )
-    features = {"avg": "mean patch token", "cls": f"CLS{seen}"}[options.pool]
+    features = "mean patch token" if options.pool == "avg" else "CLS"
+    if options.pool == "cls" and about["recipe"] == "masked":
+        features += " (in training seen by the predictor alone)"
     blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
-    counts = f"{about['train']:,} training, {about['val']:,} validation images"
-    counts = f"{result['classes']} classes, {counts}"
-    precision = "bfloat16" if options.amp else "float32"
-    whose = "teacher of " if options.part == "teacher" else ""
-    print(
-        f"{whose}{about['model']} (step {about['step']}) on {about['data']}, {counts} at ", end=""
+    counts = (
+        f"{result['classes']} classes, {about['train']:,} training, {about['val']:,} validation"
     )
+    precision = "bfloat16" if options.amp else "float32"
+    name = about["model"] if options.part == "encoder" else f"teacher of {about['model']}"
+    print(f"{name} (step {about['step']}) on {about['data']}, {counts} images at ", end="")
     features = f"{features}, {blocks}" if about["model"].startswith("vit") else "pooled features"
     print(f"{about['image_size']} px; {features}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
