@@ -32,7 +32,8 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 # ------------------------------------------------------------------------- from a name to images
-#   name: (class, argument, its value and the images of the training split, of the reported one)
+#   name: (class, argument, its value and the images of the training split, of the reported one);
+#   the class takes download=, and the numbers of images are len() of the whole splits
 DATASETS = {
     "cifar10": (datasets.CIFAR10, "train", True, 50_000, False, 10_000),
     "cifar100": (datasets.CIFAR100, "train", True, 50_000, False, 10_000),
@@ -74,7 +75,7 @@ def download(data, root, split):
     for now in range(3):
         try:
             if now == turn:
-                found = make(root, **{argument: value}, download=True, transform=np.array)
+                found = make(root, **{argument: value}, download=True, transform=rgb)
                 if len(found) != count:
                     problem = f"it has {len(found)} of its {count} images"
         except Exception as error:  # noqa: BLE001 (no network, or whatever a damaged file raises)
@@ -86,6 +87,11 @@ def download(data, root, split):
             wrong = f"not in {root}, and cannot be downloaded, or is there in part: {max(problems)}"
             sys.exit(f"data.py: --data {data} is {wrong}; remove what is there, and try again")
     return found
+
+
+def rgb(image):
+    """An image of Pillow's, gray ones too, as uint8 array (H, W, 3)."""
+    return np.array(image.convert("RGB"))
 
 
 def open_folder(folder):
@@ -224,13 +230,13 @@ class Shapes(torch.utils.data.Dataset):
 
 
 # ------------------------------------------------------------------------------ what is drawn anew
-PURPOSES = "order crops masks colours directions network".split()
+PURPOSES = "order crops masks colours directions network".split()  # a new one comes last
 
 
 def seed_of(purpose, *numbers):
     """The seed of what is drawn for a purpose, from --seed and the step, the epoch, the image's
-    number ...: a hash, so that draws of a step are unrelated. It has the 32 bits that torch keeps
-    on CPUs, so two draws of a long run may be the same, at steps with nothing in common."""
+    number ...: a hash, so that all draws of a step are unrelated. It has 32 bits, as torch's CPU
+    generator keeps no more: two seeds of a long run may coincide, at steps far apart."""
     key = 1 + PURPOSES.index(purpose), *numbers
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
@@ -279,22 +285,23 @@ class Images(torch.utils.data.Dataset):
 
 
 def batches(images, size, crops, batch_size, done, total, seed, mine, workers, device):
-    """The views of each step after `done`, on the device: a list of (B, 3, side, side), uint8, or
-    float in [0, 1] of images that are held. Without crops it is one view, the image."""
+    """The views of each step after `done`, on the device: an iterator over lists of (B, 3, side,
+    side). Held images are cropped here, float in [0, 1]; others by `Images` in the processes that
+    load them, uint8. Without crops a view is the image, resized and centred."""
     keys = batch_keys(len(images), batch_size, done, total, seed, mine)
     whole = hold(images, sizes_of(images), workers, device)
     if whole is not None and (crops or whole.shape[2:] == (size, size)):
-        for step, batch in enumerate(keys, done + 1):
-            here = whole[send(torch.tensor([index for _, index in batch]), device)]
-            yield crop_batch(here, crops, generator_of("crops", seed, step), mine, batch_size)
-        return
+        indices = (send(torch.tensor([i for _, i in step]), device) for step in keys)
+        drawn = (generator_of("crops", seed, step) for step in range(done + 1, total + 1))
+        pairs = zip(indices, drawn, strict=True)
+        return (crop_held(whole[i], crops, draw, mine, batch_size) for i, draw in pairs)
     options = {"batch_sampler": keys, "pin_memory": device.type == "cuda"}
-    for kinds, _ in read(Images(images, size, crops, seed), workers, **options):
-        yield [view for kind in kinds for view in send(kind, device).unbind(1)]
+    loader = load(Images(images, size, crops, seed), workers, **options)
+    return ([v for kind in kinds for v in send(kind, device).unbind(1)] for kinds, _ in loader)
 
 
-def crop_batch(images, crops, generator, mine, batch_size):
-    """Views of uint8 images (B, 3, H, W), drawn for the whole batch, of which `mine` are used."""
+def crop_held(images, crops, generator, mine, batch_size):
+    """Views of held images, uint8 (B, 3, H, W): drawn for the whole batch, `mine` are used."""
     images, views = images / 255, []
     for count, size, *scale in crops:
         draws = torch.rand(count, batch_size, 23, generator=generator)[:, mine]
@@ -307,15 +314,15 @@ def hold(data, sizes, workers, device):
     96 px, or 8 GiB."""
     if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * math.prod(sizes[0]) > 2**33:
         return None
-    parts = read(data, workers, batch_size=500, collate_fn=list)
+    parts = load(data, workers, batch_size=500, collate_fn=list)
     images = [image for part in parts for image, _ in part]
     if len({image.shape for image in images}) > 1:
         return None
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
 
 
-def read(data, workers, **options):
-    """A DataLoader's batches."""
+def load(data, workers, **options):
+    """The batches of a DataLoader, whose processes leave signals to the main one."""
     options |= {"num_workers": workers, "worker_init_fn": leave_signals}
     return iter(torch.utils.data.DataLoader(data, **options))
 

@@ -80,14 +80,15 @@ def multi_block_masks(
     """K rectangular target blocks per image, and one large context block less its image's targets.
 
     grid: patches per side. Scales are shares of its area, aspects log-uniform; _block_size says
-    what rounding to patches does to them. One size of targets, and one of the context, square to a
-    patch, are drawn per call, places per image; blocks may overlap. generator: of the CPU; None is
-    torch's global one. Returns context (B, Nc) and targets (B, K, Nt). ValueError names what is
-    out of range.
+    what rounding to patches does to them. Each call draws one target size and one context size,
+    square to a patch, for all images; each image draws its own places, where blocks may overlap.
+    generator: of the CPU; None is torch's global one. Returns context (B, Nc) and targets
+    (B, K, Nt). ValueError names what is out of range.
 
     Nc is the size of the smallest context in the batch, but at least min_context, a share of the
-    grid. An image with less draws new places, up to 8 times. After that its context may leave its
-    block; and if its targets leave too few patches, all K become copies of the first.
+    grid. An image whose context is smaller draws its places again, up to 8 times. After that its
+    context may leave its block; and if its targets leave too few patches, all K become copies of
+    the first.
     """
     _check(batch_size, grid, num_targets, target_scale, min_context)
     share = _uniform(*target_scale, generator)

@@ -63,7 +63,7 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
     each = -(-len(images) // world)
     share = [(0, i % len(images)) for i in range(rank * each, (rank + 1) * each)]
     found = []
-    for (views,), label in data.read(images, workers, batch_size=batch_size, sampler=share):
+    for (views,), label in data.load(images, workers, batch_size=batch_size, sampler=share):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
         found.append((x.cpu(), label))
@@ -292,7 +292,7 @@ def finetune(encoder, train_set, val_set, size, options, device):
     rows = torch.arange(batch).tensor_split(world)[rank]
     keys = data.batch_keys(len(train_set), batch, 0, total, options.seed, rows)
     crops = data.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
-    loader = data.read(crops, options.workers, batch_sampler=keys, pin_memory=device.type != "cpu")
+    loader = data.load(crops, options.workers, batch_sampler=keys, pin_memory=device.type != "cpu")
     classify = train.parallel(net, device)
     for step, ((views,), labels) in enumerate(loader, 1):
         torch.manual_seed(data.seed_of("network", options.seed, step, rank))  # stochastic depth

@@ -108,6 +108,7 @@ def masked_loss(
         source A:      L = mean |z_pred - y|^2 + lam SIGReg(mean token of each image)
         the default:   L = sum |z_pred - t|^2 / sum |t|^2 + lam (SIGReg(c) + SIGReg(t)) / 2
                        c = centre(x), t = centre(y): each token less the mean of its place
+                       (and multi_view_loss of whole images is added: see model.Masked)
 
     A has a spectral regularizer, and contradicts itself twice: error="norm" sums the square over D
     (its equation), "mse" takes the mean (its listing); on="context" pools the context alone (its
@@ -116,8 +117,8 @@ def masked_loss(
 
     z_context (B, 1 + Nc, D), z_target (B, K, 1 + Nt, D): encoded tokens, CLS first; z_pred
     (B, K, Nt, D). z_back (B, K, Nc, D), if there: the context predicted from each target; the error
-    is then the mean of both directions. CLS is no target and in no sample of tokens: it could carry
-    the spread. It enters the mean token, and the predictor.
+    is then the mean of both directions. CLS is not predicted, and SIGReg of tokens does not see it:
+    CLS alone could carry the spread. The predictor and mean_token do see it.
 
     places: (context (B, Nc), targets (B, K, Nt), P), patch indices below P; or None if all images,
     on all ranks, have one mask, so that an index is a place. regularizer: (N, D) -> scalar, such as
@@ -127,12 +128,13 @@ def masked_loss(
     if on not in ("context", "pooled", "tokens"):
         raise ValueError(f"sigreg.py: on must be context, pooled or tokens, got {on!r}")
     context, target = z_context[:, 1:], z_target[:, :, 1:]
-    samples = [mean_token(z_context) if on == "context" else mean_token(z_context, z_target)]
-    if error == "relative" or on == "tokens":
-        at_context, at_targets, num_patches = places or (None, None, None)
-        c, t = centre(context, at_context, num_patches), centre(target, at_targets, num_patches)
-        samples = [c.flatten(0, 1), t.flatten(0, 2)] if on == "tokens" else samples
-        context, target = (c, t) if error == "relative" else (context, target)
+    at_context, at_targets, num_patches = places or (None, None, None)
+    c, t = centre(context, at_context, num_patches), centre(target, at_targets, num_patches)
+    if on == "tokens":
+        samples = [c.flatten(0, 1), t.flatten(0, 2)]
+    else:
+        samples = [mean_token(z_context) if on == "context" else mean_token(z_context, z_target)]
+    context, target = (c, t) if error == "relative" else (context, target)
     reg = sum(regularizer(z) for z in samples) / len(samples)
     pred = prediction_loss(z_pred, target, error)
     if z_back is not None:
@@ -316,7 +318,7 @@ def _moments(z, dtype=torch.float32):
 
 
 def spectral_sigreg(z):
-    """spectral_sigreg_plain over all ranks, in float64, finite for every finite batch.
+    """log D - H(s), as in spectral_sigreg_plain, over all ranks, float64, finite for finite z.
 
     z (N, D) of any float dtype -> scalar in [0, log D], log D for identical rows too, not below
     log(D / (N - 1)). Scale-free, value(c z) = value(z): it shapes the spectrum and cannot keep the
@@ -351,8 +353,9 @@ def embedding_std(z):
 
 
 def legendre_sigreg(z):
-    """legendre_sigreg_plain over all ranks, products in at least float32, Cholesky in float64.
+    """(tr C + |mean|^2 - log det C - D) / (2 D), as in legendre_sigreg_plain, over all ranks.
 
+    Products are in at least float32, the Cholesky factor in float64.
     z (N, D) of any float dtype -> scalar >= 0, float64; shrinking costs -log. The ridge is relative
     too, as rounding in float32 is. ValueError unless z is a 2-D float tensor.
     """

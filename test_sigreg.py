@@ -656,7 +656,7 @@ def step_gradients(flags, at_once, dtype):
     images = torch.from_numpy(np.stack([data.Shapes()[i][0] for i in range(25)]))
     images, mine = images.permute(0, 3, 1, 2), torch.arange(25)
     crops = [(2, 32, 0.3, 1), (3, 16, 0.05, 0.3)] if args.recipe == "crops" else [(1, 32, 0.3, 1)]
-    views = data.crop_batch(images, crops, data.generator_of("crops", args.seed, 5), mine, 25)
+    views = data.crop_held(images, crops, data.generator_of("crops", args.seed, 5), mine, 25)
     views, drawn = train.draw(args, views, mine, encoder, step=5)
     embeddings = net([view.to(dtype) for view in views], *drawn)
     loss, _ = train.loss_of(args, embeddings, drawn, encoder, step=5)
@@ -1303,7 +1303,7 @@ def test_blur_is_as_wide_as_its_docstring_says(side, width):
 def test_hue_turns_by_its_angle():
     x, u = 0.4 + 0.2 * torch.rand(9, 3, 4, 4, generator=generator()), torch.full((9, 9), 0.5)
     u[:, 3] = torch.linspace(0, 1, 9)
-    yiq = torch.from_numpy(train.YIQ).float()
+    yiq = torch.from_numpy(data.YIQ).float()
     pair = x, data.photometric(x, u)
     (luma, *before), (same, *after) = (torch.einsum("ic,bchw->ibhw", yiq, y) for y in pair)
     torch.testing.assert_close(luma, same, atol=1e-5, rtol=0)
@@ -1340,7 +1340,7 @@ def test_every_view_is_drawn_on_its_own():
     args, every = filled("--batch-size 4"), []
     torch.testing.assert_close(train.draw(args, [batch], mine, GRID, 1)[0][0], wanted)
     for step in (1, 2):
-        every += data.crop_batch(batch, two, data.generator_of("crops", 0, step), mine, 4)
+        every += data.crop_held(batch, two, data.generator_of("crops", 0, step), mine, 4)
         every += train.draw(filled("--batch-size 4 --augment color"), [batch], mine, GRID, step)[0]
     every = torch.cat(every).flatten(1)
     assert len(every) == 32 and len(every.unique(dim=0)) >= 24  # some colours are left alone (0.16)
@@ -1368,7 +1368,7 @@ def test_small_images_of_one_size_are_held(few_shapes):
     ((view,),) = data.batches(images, 32, [], *settings)
     assert torch.equal(view, wanted / 255)
     (views,) = data.batches(images, 32, kinds, *settings)
-    again = data.crop_batch(wanted, kinds, data.generator_of("crops", 0, 2), torch.arange(32), 32)
+    again = data.crop_held(wanted, kinds, data.generator_of("crops", 0, 2), torch.arange(32), 32)
     assert [view.shape[2] for view in views] == [32] * 2 + [16] * 6
     assert all(map(torch.equal, views, again))
     assert train.crops_of(filled("--recipe crops --local-size 16")) == kinds
@@ -1722,7 +1722,11 @@ def test_lines_of_source_bs_loss_are_those_that_results_counts():
     plain, fast = "sketched_sigreg_plain", "sketched_sigreg _Sketched _SumOverRanks _check SIGReg"
     plain, fast = (sum(counts[name] for name in (both + more).split()) for more in (plain, fast))
     said = f"{plain} lines of code as on paper, {fast} as train.py runs it"
-    assert said in (HERE / "RESULTS.md").read_text()
+    assert said in (HERE / "RESULTS.md").read_text(), f"RESULTS.md counts these lines: {said}"
+    named = re.search(
+        r"torchvision downloads: `(.*?)`", (HERE / "README.md").read_text(), re.DOTALL
+    )
+    assert named[1].split() == [*data.DATASETS]
 
 
 def test_shown_code_runs(trained, monkeypatch):

@@ -6,11 +6,12 @@
     python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
     torchrun --nproc_per_node=8 train.py --data photos --model vit_b16 --batch-size 4096 --lr 1.5e-4
 
-`--recipe masked` (after source A, the default) encodes a context and some blocks of the image
-apart, and predicts the tokens of each side from the other. `--recipe crops` (source B,
-arXiv:2511.08544) encodes several crops of an image and pulls their projections together; masked
-does so, too, with its context and targets. The loop comes first, then what it calls: steps, log,
-checkpoints, command line; data.py has the data. (--ema and --stop-grad are for comparison.)
+`--recipe masked` (after source A, the default) encodes a context and some target blocks of an
+image, and predicts the tokens of each from the other. `--recipe crops` (source B,
+arXiv:2511.08544) encodes several crops and pulls their projections together. masked has that loss
+as well, on a projection of the context and of each target (--image-loss). The loop comes first,
+then what it calls: steps, log, checkpoints, command line; data.py has the data. (--ema and --stop-
+grad are for comparison.)
 
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
@@ -54,7 +55,7 @@ def train(args, images, device, rank, world):
     encoder, optimizer, teacher = parts["encoder"], parts["optimizer"], parts.get("teacher")
     per_epoch = len(images) // args.batch_size
     total, warmup = args.steps or args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    if total <= warmup + (args.schedule == "cosine"):
+    if total <= warmup + (args.schedule != "constant"):
         sys.exit(f"train.py: {total} steps end in the warm-up of {warmup:g}; take more --epochs")
     done = resume(args, parts, total, rank, world)  # steps of the checkpoint
     if done >= total:
@@ -116,9 +117,10 @@ def build(args, device):
         predictor = make(encoder.dim, encoder.grid**2, args.predictor_size)
         head = model.image_head(encoder.dim) if args.image_loss else None
         teacher = copy.deepcopy(encoder).requires_grad_(False) if args.ema else None
-        heuristics = args.stop_grad, teacher, args.targets == "full"
+        compared = {"stop_grad": args.stop_grad, "teacher": teacher}  # with I-JEPA
+        compared["whole_targets"] = args.targets == "full"
         both = args.directions == "both"
-        net = model.Masked(encoder, predictor, head, both, *heuristics, args.micro_batch)
+        net = model.Masked(encoder, predictor, head, both, at_once=args.micro_batch, **compared)
     on_gpu, matrices, others = device.type == "cuda", [], []
     net.to(device)
     if on_gpu and not hasattr(encoder, "blocks"):
@@ -158,7 +160,7 @@ def parallel(net, device):
 
 def draw_masks(args, grid, count, step):
     """context (count, Nc), targets (count, K, Nt) on the CPU, as the flags ask for."""
-    make = multi_block_masks if args.masks == "blocks" else random_masks
+    make = {"blocks": multi_block_masks, "random": random_masks}[args.masks]
     sizes = args.num_targets, args.target_scale, args.min_context
     return make(count, grid, *sizes, data.generator_of("masks", args.seed, step))
 
@@ -221,7 +223,8 @@ def learning_rate(step, total, lr, warmup=0, schedule="constant"):
     half a cosine to a thousandth of lr."""
     rise = min(step / warmup, 1) if warmup else 1
     progress = max(step - warmup, 0) / max(total - warmup, 1)
-    return rise * (lr if schedule == "constant" else between(lr, lr / 1000, half_cosine(progress)))
+    fall = {"constant": 0, "cosine": half_cosine(progress)}[schedule]
+    return rise * between(lr, lr / 1000, fall)
 
 
 def between(start, end, progress):
@@ -436,7 +439,7 @@ def check_settings(path, before, now):
     """Exits where a command has other settings than the run that it would continue."""
     may_change, sizes = set(MAY_CHANGE.split()), [x.get("image_bytes") or () for x in (before, now)]
     ends = now["weight_decay_end"], now["ema_end"]
-    if now["schedule"] == "cosine" or ends != (None, None):  # the length is part of it
+    if now["schedule"] != "constant" or ends != (None, None):  # the length is part of it
         may_change -= {"epochs", "steps"}
     for name in [name for name in now if name not in may_change]:
         pair = before.get(name), now[name]
