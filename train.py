@@ -368,8 +368,8 @@ def warn(args, encoder):
         _, targets = draw_masks(args, encoder.grid, 256, step=0)
         same = sum(len({*map(tuple, image)}) < len(image) for image in targets.tolist())
         if same > 64:
-            wrong = f"{100 * same // 256}% of images have a target twice, for want of room"
-            print(f"train.py: {wrong}: take a lower --min-context or --target-scale")
+            few = f"{encoder.grid} x {encoder.grid} patches are few for these masks"
+            print(f"train.py: {100 * same // 256}% of images have a target twice: {few}")
 
 
 # what may differ between the run that wrote a checkpoint and the one that continues it
