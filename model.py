@@ -59,11 +59,6 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def wide(x):
-    """x in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def gather_tokens(x, indices):
     """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]].
 
@@ -109,7 +104,8 @@ class VisionTransformer(nn.Module):
             if indices is not None:  # they would pick patches of another raster
                 side = self.grid * self.patch_size
                 raise ValueError(f"model.py: with indices images must be {side} x {side} px")
-            position = wide(position).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            position = position.to(torch.promote_types(position.dtype, torch.float32))
+            position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             position = F.interpolate(position, x.shape[2:], mode="bicubic", antialias=True)
             position = position.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
         x = x.flatten(2).transpose(1, 2) + position  # (B, P, D)
@@ -239,7 +235,7 @@ def build_encoder(name, image_size):
 def image_features(output, pool="avg"):
     """What stands for an image: the mean patch token (avg) of (B, 1 + P, D), or CLS (cls); features
     (B, D) of other networks as they are."""
-    output = wide(output)
+    output = output.to(torch.promote_types(output.dtype, torch.float32))
     if output.ndim == 2:
         return output
     return output[:, 0] if pool == "cls" else output[:, 1:].mean(1)

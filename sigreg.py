@@ -355,9 +355,9 @@ def embedding_std(z):
 def legendre_sigreg(z):
     """(tr C + |mean|^2 - log det C - D) / (2 D), as in legendre_sigreg_plain, over all ranks.
 
-    Products are in at least float32, the Cholesky factor in float64.
-    z (N, D) of any float dtype -> scalar >= 0, float64; shrinking costs -log. The ridge is relative
-    too, as rounding in float32 is. ValueError unless z is a 2-D float tensor.
+    z (N, D) of any float dtype -> scalar >= 0, float64; products are in at least float32. Shrinking
+    costs -log. The ridge is relative too, as rounding in float32 is. ValueError unless z is a 2-D
+    float tensor.
     """
     n, mean, gram = _moments(z)
     cov = gram / n
