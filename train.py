@@ -10,8 +10,8 @@
 image, and predicts the tokens of each from the other. `--recipe crops` (source B,
 arXiv:2511.08544) encodes several crops and pulls their projections together. masked has that loss
 as well, on a projection of the context and of each target (--image-loss). The loop comes first,
-then what it calls: steps, log, checkpoints, command line; data.py has the data. (--ema and --stop-
-grad are for comparison.)
+then what it calls: steps, log, checkpoints, command line; data.py has the data. (--ema and
+--stop-grad are for comparison.)
 
 The same command again continues from its checkpoint. ckpt.jsonl holds the command line, then a JSON
 object for each logged step. Everything random is a function of the seed and of the step, the epoch
