@@ -119,15 +119,18 @@ def fit_heads(x, y, heads=HEADS, seed=0, rows=None):
     """
     rows = torch.arange(len(x)) if rows is None else rows.cpu()
     n, classes, count, device = len(rows), int(y.max()) + 1, len(heads), x.device
-    z = x[rows].float()
-    std, mean = torch.std_mean(z, 0, correction=0)
+    z = torch.ones(n, x.shape[1] + 1, device=device)  # the last column is the bias's
+    for part, some in zip(z.split(2**12), rows.split(2**12), strict=True):  # the only copy of x
+        part[:, :-1] = x[some]
+    std, mean = torch.std_mean(z[:, :-1], 0, correction=0)
     std = std.clamp_min(1e-6)
-    z = z.sub_(mean).div_(std)
-    correlation = sum((part.T @ part).double() for part in z.split(2**12)) / n
+    parts = [part[:, :-1].sub_(mean).div_(std) for part in z.split(2**12)]
+    correlation = sum((part.T @ part).double() for part in parts) / n
     variance, axes = torch.linalg.eigh(correlation)
     variance = variance.clamp_min(0) + 1e-3
     turn = axes / variance.sqrt()
-    z = F.pad(z @ turn.float(), (0, 1), value=1.0)  # the last column is the bias's
+    for part in parts:
+        part.copy_(part @ turn.float())
     # W = turn @ weight, so |W|^2 is the sum of weight^2 / variance over the axes
     shrink = F.pad(1 / variance, (0, 1)).float()[:, None, None]  # 0 for the bias: no decay
     rate, decay = torch.tensor(heads, device=device).T[..., None]  # (H, 1) each
@@ -218,14 +221,14 @@ def frozen_probes(encoder, train_set, val_set, options, device):
     width = encoder.dim if more else None  # the last block's features come first
     elsewhere = dist.is_initialized() and dist.get_rank() > 0
     numbers = len(train_set) * getattr(encoder, "dim", 0) * options.blocks
-    if numbers > 2**28 and not elsewhere:  # features, and three copies in fit_heads
-        print(f"probe.py: the linear probe will take {16 * numbers / 2**30:.0f} GiB", flush=True)
+    if numbers > 2**28 and not elsewhere:  # features, and a copy in fit_heads
+        print(f"probe.py: the linear probe will take {8 * numbers / 2**30:.0f} GiB", flush=True)
     (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
     mine = val_x[:0] if elsewhere else val_x  # rank 0 has all images by now, so the others add none
     erank = effective_rank(mine[:, :width]).item()  # summed over ranks: all call it
     if elsewhere:
         return {}
-    if device.type == "cuda" and 16 * train_x.numel() < torch.cuda.mem_get_info()[0]:  # 4 copies
+    if device.type == "cuda" and 12 * train_x.numel() < torch.cuda.mem_get_info()[0]:  # 2, and room
         train_x, train_y = train_x.to(device), train_y.to(device)
     last = train_x[:, :width], train_y, val_x[:, :width], val_y
     result = knn_probe(*last) | linear_probe(*last, seed=options.seed)

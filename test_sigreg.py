@@ -1477,7 +1477,7 @@ def test_the_memory_of_the_linear_probe_is_said_first(trained, capsys, monkeypat
     monkeypatch.setattr(probe, "extract_features", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         probe.main([str(trained[0]), "--device", "cpu"])
-    assert "the linear probe will take 8 GiB" in capsys.readouterr().out
+    assert "the linear probe will take 4 GiB" in capsys.readouterr().out
 
 
 def test_two_ranks_probe_what_one_does(trained, tmp_path, capsys):
@@ -1550,7 +1550,11 @@ def test_probe_refuses_impossible_splits(trained, tmp_path):
     flags = [trained[0], "--data", photos, "--device", "cpu", "--workers", "0"]
     (photos / "val" / "class1").rename(photos / "val" / "class2")
     refuse(probe.main, flags, "class 'class1' is in only one")
-    (photos / "val" / "class2").rename(photos / "val" / "class1")
+    (photos / "val" / "class2").rename(photos / "val" / "caf\u00e9")  # an accent, in two codes
+    (photos / "train" / "class1").rename(photos / "train" / "cafe\u0301")
+    refuse(probe.main, flags, r"class 'cafe\\u0301' is in only one")
+    (photos / "val" / "caf\u00e9").rename(photos / "val" / "class1")
+    (photos / "train" / "cafe\u0301").rename(photos / "train" / "class1")
     for i in range(12):  # a class of two folders, as if classes were below it
         below = photos / "train" / "class1" / f"part{i % 2}"
         below.mkdir(exist_ok=True)
