@@ -2,7 +2,7 @@
 
     python probe.py ckpt.pt                         # k-NN, linear, linear on four blocks
     python probe.py ckpt.pt --untrained             # before training: the floor of any claim
-    python probe.py ckpt.pt --pool cls --layers 2   # CLS of two blocks, as source B's authors read
+    python probe.py ckpt.pt --pool cls --layers 2   # CLS of two blocks: source B's authors read it
     python probe.py ckpt.pt --shots 1 10            # and linear with n labels a class
     python probe.py ckpt.pt --data dtd              # transfer to another data set
     python probe.py ckpt.pt --finetune              # all weights on the labels
@@ -423,14 +423,13 @@ def show(about, result, options):
     if options.pool == "cls" and about["recipe"] == "masked":
         features += " (in training seen by the predictor alone)"
     blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
-    counts = (
-        f"{result['classes']} classes, {about['train']:,} training, {about['val']:,} validation"
-    )
+    counts = f"{about['train']:,} training, {about['val']:,} validation images"
+    classes = f"{result['classes']} classes"
     precision = "bfloat16" if options.amp else "float32"
     name = about["model"] if options.part == "encoder" else f"teacher of {about['model']}"
-    print(f"{name} (step {about['step']}) on {about['data']}, {counts} images at ", end="")
     features = f"{features}, {blocks}" if about["model"].startswith("vit") else "pooled features"
-    print(f"{about['image_size']} px; {features}, {precision}")
+    print(f"{name} (step {about['step']}) on {about['data']}, {classes}, {counts}", end=" ")
+    print(f"at {about['image_size']} px; {features}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
         print(f"  {name:10}{result[name]:8.2f}   {result[f'{name}_how']}")
 

@@ -666,14 +666,14 @@ def step_gradients(flags, at_once, dtype):
     return loss.detach(), torch.cat([p.grad.flatten() for p in parameters])
 
 
-LETTER = """--sigreg spectral --sigreg-on pooled --pred mse --masks-per image --directions one
+LETTER = """--sigreg spectral --sigreg-on pooled --pred mse --masks-per image --one-way
 --num-targets 4 --target-scale 0.15 0.2 --min-context 0.25 --image-loss 0"""
 PIECES = [
     "--augment color",
     LETTER,
     "--sigreg sketched --lam 0.1 --masks-per image --slices 32",
     "--recipe crops",
-    "--stop-grad --targets full",
+    "--stop-grad --whole-targets",
 ]
 
 
@@ -689,7 +689,7 @@ def test_micro_batches_have_the_gradient_of_the_batch(flags):
 
 MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none
 --sigreg-on pooled|--sigreg-on context|--pred mse|--pred norm|--pred smooth_l1
---directions one|--targets full|--predictor transformer|--seed 1
+--one-way|--whole-targets|--predictor transformer|--seed 1
 --masks random|--masks-per image|--num-targets 3|--target-scale 0.4 0.6
 --min-context 0.9|--augment color|--image-loss 0|--image-loss 2|--slices 9
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
@@ -996,7 +996,6 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --recipe crops --local-size 20 | --local-size 20 .*patch of vit_n8
 --min-context 0 | min_context above 0
 --sigreg sketched | --recipe masked --sigreg sketched needs a --lam
---ema 0.9 --directions both | --ema.*--directions one
 --stop-grad --image-loss 1 | --stop-grad.*--image-loss 0
 --recipe crops --image-loss 1 | crops does not take --image-loss
 --ema 1 | --ema below 1
@@ -1049,8 +1048,8 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     crops = [filled(f"--recipe crops --batch-size {n}").lam for n in (256, 4096)]
     assert crops == [0.05, 0.0031] and filled("").lam == 1
     assert filled("--recipe crops --sigreg legendre").lam == 0.05  # at 1 nothing is predicted
-    chosen = [(args.directions, args.image_loss) for args in map(filled, ("", "--ema 0.9"))]
-    assert chosen == [("both", 1), ("one", 0)]
+    chosen = [(args.one_way, args.image_loss) for args in map(filled, ("", "--ema 0.9"))]
+    assert chosen == [(False, 1), (True, 0)]
     run_train(tmp_path / "b.pt", "--steps 1 --sigreg-on pooled")
     said = capsys.readouterr().out
     assert "shapes, drawn here (--data FOLDER takes yours)" in said
@@ -1220,14 +1219,16 @@ def test_a_broken_image_saves_and_ends_in_one_line(tmp_path, monkeypatch, capsys
         path.write_bytes(path.read_bytes() + b"more")
     refuse(train.main, [*flags, "photos", "--steps", "9"], "other images of the same names")
     (folder / "train" / "class0" / "00.jpg").unlink()
-    refuse(train.main, [*flags, "photos", "--steps", "9"], "images=32 .*, this command says 31 ")
+    refuse(
+        train.main, [*flags, "photos", "--steps", "9"], "image_files=32 .*, this command says 31 "
+    )
 
 
 def test_ranks_with_other_settings_or_images_are_named(monkeypatch, tmp_path):
     args = filled(f"--ckpt {tmp_path}/a.pt")
-    for name, value in (("images", "5 xyz"), ("lr", 0.1), ("log_every", 7)):
-        theirs = {**vars(args), "images": "6 abc", "step of the checkpoint": None, name: value}
-        args.images = "6 abc"
+    for name, value in (("image_files", "5 xyz"), ("lr", 0.1), ("log_every", 7)):
+        theirs = {**vars(args), "image_files": "6 abc", "step of the checkpoint": None, name: value}
+        args.image_files = "6 abc"
         gather = lambda found, own, theirs=theirs: found.__setitem__(slice(None), [own, theirs])
         monkeypatch.setattr(dist, "all_gather_object", gather)
         with pytest.raises(SystemExit, match=f"ranks differ in {name}: .*, {value};"):

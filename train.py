@@ -3,7 +3,7 @@
     python train.py                                         # images drawn here: about a minute
     python train.py --data cifar10                          # torchvision's, downloaded at first use
     python train.py --data photos                           # a folder: photos/train/<class>/*.jpg
-    python train.py --data cifar10 --recipe crops --model resnet18      # the recipe of the paper
+    python train.py --data cifar10 --recipe crops --model resnet18      # after the paper
     torchrun --nproc_per_node=8 train.py --data photos --model vit_b16 --batch-size 4096 --lr 1.5e-4
 
 `--recipe masked` (after source A, the default) encodes a context and some target blocks of an
@@ -104,8 +104,8 @@ def build(args, device):
     encoder = model.build_encoder(args.model, args.image_size)
     if args.recipe == "crops":
         if args.local_size % getattr(encoder, "patch_size", 1):
-            wanted = f"a multiple of the patch of {args.model}"
-            raise ValueError(f"train.py: --local-size {args.local_size} must be {wanted}")
+            wrong = f"--local-size {args.local_size} is no multiple of the patch of {args.model}"
+            raise ValueError(f"train.py: {wrong}")
         projector = model.projector(encoder.dim, args.proj_dim)
         net = model.MultiView(encoder, projector, args.global_views, args.micro_batch, args.pool)
     elif not hasattr(encoder, "grid"):
@@ -117,10 +117,9 @@ def build(args, device):
         predictor = make(encoder.dim, encoder.grid**2, args.predictor_size)
         head = model.image_head(encoder.dim) if args.image_loss else None
         teacher = copy.deepcopy(encoder).requires_grad_(False) if args.ema else None
-        compared = {"stop_grad": args.stop_grad, "teacher": teacher}  # with I-JEPA
-        compared["whole_targets"] = args.targets == "full"
-        both = args.directions == "both"
-        net = model.Masked(encoder, predictor, head, both, at_once=args.micro_batch, **compared)
+        settings = {"stop_grad": args.stop_grad, "teacher": teacher, "at_once": args.micro_batch}
+        settings |= {"both_directions": not args.one_way, "whole_targets": args.whole_targets}
+        net = model.Masked(encoder, predictor, head, **settings)
     on_gpu, matrices, others = device.type == "cuda", [], []
     net.to(device)
     if on_gpu and not hasattr(encoder, "blocks"):
@@ -268,13 +267,13 @@ def one_ahead(batches, caught):
     """The batches, each once the next is here. If that cannot be read, the run saves and ends."""
     following = next(batches)
     while following is not None:
-        images = following
+        views = following
         try:
             following = next(batches, None)
         except OSError as error:
             print(data.one_line(error), file=sys.stderr)
             caught.append((1, time.monotonic()))
-        yield images
+        yield views
 
 
 def exit_code(caught, world):
@@ -374,7 +373,7 @@ def warn(args, encoder):
 
 # what may differ between the run that wrote a checkpoint and the one that continues it
 MAY_CHANGE = "epochs steps workers micro_batch save_every log_every device amp compile ckpt "
-MAY_CHANGE += "data data_root image_bytes"  # images and image_bytes say if these are the same
+MAY_CHANGE += "data data_root image_bytes"  # image_files and image_bytes say if these are the same
 
 
 def save(args, parts, step):
@@ -490,11 +489,10 @@ def ranks(script, device):
 
 
 # ------------------------------------------------------------------------------------ command line
-SIGREG = {"masked": "legendre", "crops": "sketched"}  # where --sigreg does not say
 UNUSED = {  # options that a recipe does not take
     "masked": "global_views local_views local_size proj_dim pool",
     "crops": "predictor predictor_size masks masks_per num_targets target_scale min_context pred "
-    "directions sigreg_on image_loss targets stop_grad ema ema_end",
+    "one_way sigreg_on image_loss whole_targets stop_grad ema ema_end",
 }
 
 
@@ -533,16 +531,16 @@ def add_method(parser):
     add("--local-size", type=positive, help="crops: pixels of local views [0.43 of the image size]")
     add("--workers", type=natural, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
-    add("--recipe", choices=["masked", "crops"], default="masked", help="source A or B [masked]")
+    add(
+        "--recipe",
+        choices=["masked", "crops"],
+        default="masked",
+        help="after source A, or B [masked]",
+    )
     add("--model", help="vit_n8 ..., resnet18 ... [vit_n4 up to 48 px, vit_n8; vit_s16]")
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
     add("--predictor-size", type=positive, default=4, help="mlp: width factor; else: blocks [4]")
-    add(
-        "--pool",
-        choices=["avg", "cls"],
-        default="avg",
-        help="crops: mean patch token, or CLS [avg]",
-    )
+    add("--pool", choices=["avg", "cls"], default="avg", help="crops: mean patch, or CLS [avg]")
     add("--proj-dim", type=positive, default=64, help="crops: width of the projection [64]")
     add("--masks", choices=["blocks", "random"], default="blocks", help="of patches [blocks]")
     names = ["batch", "image"]
@@ -554,14 +552,14 @@ def add_method(parser):
     add = parser.add_argument_group("loss").add_argument
     names = ["relative", "mse", "norm", "smooth_l1"]
     add("--pred", choices=names, default="relative", help="error, see sigreg.py [relative]")
-    add("--directions", choices=["one", "both"], help="of prediction [both that can learn]")
+    add("--one-way", action="store_true", help="predict targets from the context alone")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
     names = ["tokens", "pooled", "context"]
     add("--sigreg-on", choices=names, default="tokens", help="what it sees [tokens]")
     add("--lam", type=real, help="SIGReg's weight [1; crops: sketched 12.8 / batch, others 0.05]")
     add("--image-loss", type=real, help="weight of the loss of whole images [1; 0 with --ema, ...]")
-    add("--targets", choices=["blocks", "full"], default="blocks", help="full: encode all [blocks]")
+    add("--whole-targets", action="store_true", help="encode the whole image for the targets")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
     add("--ema-end", type=real, help="the momentum goes there, along a line [stays]")
@@ -573,15 +571,11 @@ def add_run(parser):
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive, default=256, help="images a step, over all ranks [256]")
     add("--micro-batch", type=positive, help="images that a rank has in memory at once; exact")
-    add("--epochs", type=positive, help="passes over the data [100; 300; shapes 2]")
+    add("--epochs", type=positive, help="passes over the data [20; 300; shapes 2]")
     add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
     add("--lr", type=real, help="AdamW's learning rate [2e-3; 1e-3; crops 5e-4]")
-    add(
-        "--schedule",
-        choices=["constant", "cosine"],
-        default="constant",
-        help="cosine: to lr / 1000",
-    )
+    names = ["constant", "cosine"]
+    add("--schedule", choices=names, default="constant", help="cosine: to lr / 1000 [constant]")
     add("--warmup-epochs", type=real, default=0.0, help="epochs in which the rate rises [0]")
     add("--weight-decay", type=real, help="AdamW's, of weight matrices [0.05; ResNets 5e-4]")
     add("--weight-decay-end", type=real, help="the decay goes there, along a cosine [stays]")
@@ -601,16 +595,20 @@ def parse_args(argv=None):
     add_method(parser)
     add_run(parser)
     args = parser.parse_args(argv)
-    sigreg_name = args.sigreg or SIGREG[args.recipe]
     unused = {name: f"--recipe {args.recipe}" for name in UNUSED[args.recipe].split()}
-    sketched = sigreg_name == "sketched" or args.recipe == "masked" and args.image_loss != 0
-    unused |= {} if sketched else {"slices": f"--sigreg {sigreg_name}"}
-    unused |= {"lam": "--sigreg none"} if sigreg_name == "none" else {}
+    args.sigreg = args.sigreg or {"masked": "legendre", "crops": "sketched"}[args.recipe]
+    sketched = args.sigreg == "sketched" or args.recipe == "masked" and args.image_loss != 0
+    unused |= {} if sketched else {"slices": f"--sigreg {args.sigreg}"}
+    unused |= {"lam": "--sigreg none"} if args.sigreg == "none" else {}
     for name, by in unused.items():
         if getattr(args, name) != parser.get_default(name):
             option = "--" + name.replace("_", "-")
             sys.exit(f"train.py: {by} does not take {option}; leave it out")
     check(args)
+    if args.stop_grad or args.ema or args.whole_targets:  # as in I-JEPA
+        args.one_way, args.image_loss = True, 0.0
+    elif args.recipe == "masked" and args.image_loss is None:
+        args.image_loss = 1.0
     return args
 
 
@@ -625,18 +623,12 @@ def check(args):
         sys.exit("train.py: --ema-end goes with --ema")
     if args.recipe == "crops" and args.augment == "none":
         sys.exit("train.py: --recipe crops always crops: take --augment crop or color")
-    if one_way(args) and (args.directions == "both" or args.image_loss):
-        wanted = "--directions one and --image-loss 0 alone"
-        sys.exit(f"train.py: --stop-grad, --ema, --targets full go with {wanted}")
+    if args.image_loss and (args.stop_grad or args.ema or args.whole_targets):
+        sys.exit("train.py: --stop-grad, --ema, --whole-targets go with --image-loss 0 alone")
     if args.recipe == "crops" and args.global_views + args.local_views < 2:
         sys.exit("train.py: one view has nothing to agree with: take more --global-views")
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
-
-
-def one_way(args):
-    """Whether targets have no gradient, or come from the whole image."""
-    return args.stop_grad or args.ema or args.targets == "full"
 
 
 def defaults(args, side):
@@ -653,19 +645,16 @@ def defaults(args, side):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     chosen = {"augment": "none", "epochs": 300, "lr": 1e-3}
-    chosen |= {} if large else {"augment": "color", "epochs": 100, "lr": 2e-3}
+    chosen |= {} if large else {"augment": "color", "epochs": 20, "lr": 2e-3}
     chosen |= {"augment": "none", "epochs": 2} if shapes else {}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
-    both = not one_way(args)
-    chosen |= {"directions": "both" if both else "one", "image_loss": float(both)}
-    sigreg_name, lam = args.sigreg or SIGREG[args.recipe], 0.05 if crops else 1.0
-    if sigreg_name == "sketched":
+    lam = 0.05 if crops else 1.0
+    if args.sigreg == "sketched":
         lam = sketched_lam(args.batch_size) if crops else None
     return chosen | {
         "model": name,
         "image_size": size,
         "weight_decay": 5e-4 if "resne" in name else 0.05,
-        "sigreg": sigreg_name,
         "lam": lam,
         "local_size": max(round(0.43 * (args.image_size or size) / patch), 1) * patch,
         # shapes are cheaper to draw than to send between processes
@@ -707,7 +696,7 @@ def main(argv=None):
         images = data.open_data(args.data, args.data_root, "train", args.seed)
         sides = sorted(min(size) for size in data.sizes_of(images))
         chosen = fill_in(args, len(images), sides[len(sides) // 2], world)
-        args.images, args.image_bytes = data.fingerprint(images)
+        args.image_files, args.image_bytes = data.fingerprint(images)
         if rank == 0:
             about = f"shorter side {sides[0]} to {sides[-1]} px, median {sides[len(sides) // 2]}"
             about = "drawn here (--data FOLDER takes yours)" if args.data == "shapes" else about
