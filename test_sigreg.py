@@ -992,6 +992,7 @@ BAD = """--model vit_z16 | vit_z16.*vit_b16
 --recipe crops --lam 2 | --lam 2.0 of --recipe crops must be at most 1
 --recipe crops --stop-grad | crops does not take --stop-grad
 --slices 64 --image-loss 0 | --sigreg legendre does not take --slices
+--slices 64 --stop-grad | --sigreg legendre does not take --slices
 --sigreg none --lam 2 | --sigreg none does not take --lam
 --recipe crops --local-size 20 | --local-size 20 .*patch of vit_n8
 --min-context 0 | min_context above 0

@@ -552,14 +552,14 @@ def add_method(parser):
     add = parser.add_argument_group("loss").add_argument
     names = ["relative", "mse", "norm", "smooth_l1"]
     add("--pred", choices=names, default="relative", help="error, see sigreg.py [relative]")
-    add("--one-way", action="store_true", help="predict targets from the context alone")
+    add("--one-way", action="store_true", help="no prediction of the context from the targets")
     names = ["spectral", "legendre", "sketched", "none"]
     add("--sigreg", choices=names, help="see sigreg.py [masked: legendre, crops: sketched]")
     names = ["tokens", "pooled", "context"]
     add("--sigreg-on", choices=names, default="tokens", help="what it sees [tokens]")
     add("--lam", type=real, help="SIGReg's weight [1; crops: sketched 12.8 / batch, others 0.05]")
     add("--image-loss", type=real, help="weight of the loss of whole images [1; 0 with --ema, ...]")
-    add("--whole-targets", action="store_true", help="encode the whole image for the targets")
+    add("--whole-targets", action="store_true", help="cut targets from the encoded whole image")
     add("--stop-grad", action="store_true", help="no gradient through the targets")
     add("--ema", type=real, default=0.0, help="momentum of a teacher that makes the targets")
     add("--ema-end", type=real, help="the momentum goes there, along a line [stays]")
@@ -597,22 +597,23 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     unused = {name: f"--recipe {args.recipe}" for name in UNUSED[args.recipe].split()}
     args.sigreg = args.sigreg or {"masked": "legendre", "crops": "sketched"}[args.recipe]
-    sketched = args.sigreg == "sketched" or args.recipe == "masked" and args.image_loss != 0
+    as_ijepa = bool(args.stop_grad or args.ema or args.whole_targets)
+    whole = args.recipe == "masked" and args.image_loss != 0 and not as_ijepa
+    sketched = args.sigreg == "sketched" or whole
     unused |= {} if sketched else {"slices": f"--sigreg {args.sigreg}"}
     unused |= {"lam": "--sigreg none"} if args.sigreg == "none" else {}
     for name, by in unused.items():
         if getattr(args, name) != parser.get_default(name):
             option = "--" + name.replace("_", "-")
             sys.exit(f"train.py: {by} does not take {option}; leave it out")
-    check(args)
-    if args.stop_grad or args.ema or args.whole_targets:  # as in I-JEPA
-        args.one_way, args.image_loss = True, 0.0
-    elif args.recipe == "masked" and args.image_loss is None:
-        args.image_loss = 1.0
+    check(args, as_ijepa)
+    args.one_way |= as_ijepa  # what has no gradient cannot be asked to predict
+    if args.recipe == "masked" and args.image_loss is None:
+        args.image_loss = float(whole)
     return args
 
 
-def check(args):
+def check(args, as_ijepa):
     """Exits in one line where options are out of range or do not go together."""
     if not args.ckpt.endswith(".pt"):
         sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
@@ -623,7 +624,7 @@ def check(args):
         sys.exit("train.py: --ema-end goes with --ema")
     if args.recipe == "crops" and args.augment == "none":
         sys.exit("train.py: --recipe crops always crops: take --augment crop or color")
-    if args.image_loss and (args.stop_grad or args.ema or args.whole_targets):
+    if args.image_loss and as_ijepa:
         sys.exit("train.py: --stop-grad, --ema, --whole-targets go with --image-loss 0 alone")
     if args.recipe == "crops" and args.global_views + args.local_views < 2:
         sys.exit("train.py: one view has nothing to agree with: take more --global-views")
