@@ -46,7 +46,8 @@ def curves():
             ]
             if not means:
                 continue
-            axis.plot(*zip(*means, strict=True), "o-", color=colour, ms=4, label=run)
+            name = "I-JEPA, simplified" if run == "I-JEPA" else run
+            axis.plot(*zip(*means, strict=True), "o-", color=colour, ms=4, label=name)
             if on_gpu:
                 axis.plot(*zip(*on_gpu, strict=True), "D", color=colour, ms=5, mfc="white")
         floor = next(row[probe] for row in data if row["run"] == "untrained")
