@@ -129,10 +129,10 @@ def method():
         (4.3, "patch tokens", "SIGReg (legendre)"),
         (1.7, "head, on the\nmean patch tokens", "agreement of views,\nSIGReg (sketched)"),
     ):
-        arrow(left, (4.55, 4.3 + (y - 4.3) * 0.6), (5.2, y))
-        box(left, 6.85, y, 3.2, 1.3, text)
-        arrow(left, (8.5, y), (9.05, y))
-        left.text(9.15, y, loss, va="center", fontsize=8.5, weight="bold", color=INK)
+        arrow(left, (4.55, 4.3 + (y - 4.3) * 0.6), (5.0, y))
+        box(left, 6.85, y, 3.6, 1.3, text)
+        arrow(left, (8.7, y), (9.15, y))
+        left.text(9.25, y, loss, va="center", fontsize=8.5, weight="bold", color=INK)
     crops = (0, 0, 6, 6, BLUE), (2, 1, 6, 7, BLUE), (1, 4, 2, 3, RED), (5, 2, 2, 2, RED)
     names = "global", "global", "local", "local, and so on"
     for y, piece, name in zip((7.5, 5.4, 3.3, 1.2), crops, names, strict=True):
