@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -70,12 +71,13 @@ def download(data, root, split):
         sys.exit(f"data.py: --data {data} needs scipy: pip install scipy")
     make, argument, *splits = DATASETS[data]
     value, count = splits[2:] if split == "val" else splits[:2]
+    as_array = v2.Compose([v2.RGB(), np.array])  # gray ones, too: (H, W, 3)
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     turn, problem = 0 if rank == 0 else 1 if local_rank == 0 else 2, ""
     for now in range(3):
         try:
             if now == turn:
-                found = make(root, **{argument: value}, download=True, transform=rgb)
+                found = make(root, **{argument: value}, download=True, transform=as_array)
                 if len(found) != count:
                     problem = f"it has {len(found)} of its {count} images"
         except Exception as error:  # noqa: BLE001 (no network, or whatever a damaged file raises)
@@ -87,11 +89,6 @@ def download(data, root, split):
             wrong = f"not in {root}, and cannot be downloaded, or is there in part: {max(problems)}"
             sys.exit(f"data.py: --data {data} is {wrong}; remove what is there, and try again")
     return found
-
-
-def rgb(image):
-    """An image of Pillow's, gray ones too, as uint8 array (H, W, 3)."""
-    return np.array(image.convert("RGB"))
 
 
 def open_folder(folder):
@@ -119,17 +116,15 @@ def refuse_dim(data):
     """Exits where 16-bit files use a sixteenth of their range, as of 12-bit cameras: scaled to 8
     bits as all others are, they would be almost black."""
     brightest = 0
-    for i in spread(data):
-        try:
+    with suppress(OSError):  # read_image names it
+        for i in spread(data):
             with Image.open(data.samples[i][0]) as image:
                 if not image.mode.startswith("I"):
                     return
                 brightest = max(brightest, np.asarray(image).max())
-        except OSError:  # read_image names it
-            return
-    if brightest < 4096:
-        wrong = f"16-bit images, such as {data.samples[0][0]}, have values up to {brightest}"
-        sys.exit(f"data.py: {wrong} of 65535; scale them up, or write 8 bits")
+        if brightest < 4096:
+            wrong = f"16-bit images, such as {data.samples[0][0]}, have values up to {brightest}"
+            sys.exit(f"data.py: {wrong} of 65535; scale them up, or write 8 bits")
 
 
 def spread(data, count=64):
@@ -149,7 +144,7 @@ def fingerprint(data):
     sizes of 64 of them, of which a repaired file changes one."""
     paths = [path for path, _ in getattr(data, "samples", ())]
     names = [path[len(str(data.root)) :] for path in paths] or type(data).__name__
-    sizes = [os.path.getsize(paths[i]) for i in spread(paths)] if paths else []
+    sizes = [os.path.getsize(paths[i]) for i in spread(paths)]
     return f"{len(data)} {hashlib.sha256(repr(names).encode()).hexdigest()[:12]}", sizes
 
 
@@ -252,8 +247,7 @@ def batch_keys(num_images, batch_size, done, total, seed, mine):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == done:
             order = torch.randperm(num_images, generator=generator_of("order", seed, epoch))
-            order = order.tolist()
-        yield [(epoch, order[i * batch_size + place]) for place in mine.tolist()]
+        yield [(epoch, index) for index in order[i * batch_size + mine].tolist()]
 
 
 # ---------------------------------------------------------------------- from images to batches
@@ -295,8 +289,7 @@ def batches(images, size, crops, batch_size, done, total, seed, mine, workers, d
         drawn = (generator_of("crops", seed, step) for step in range(done + 1, total + 1))
         pairs = zip(indices, drawn, strict=True)
         return (crop_held(whole[i], crops, draw, mine, batch_size) for i, draw in pairs)
-    options = {"batch_sampler": keys, "pin_memory": device.type == "cuda"}
-    loader = load(Images(images, size, crops, seed), workers, **options)
+    loader = load(Images(images, size, crops, seed), workers, device, batch_sampler=keys)
     return ([v for kind in kinds for v in send(kind, device).unbind(1)] for kinds, _ in loader)
 
 
@@ -314,17 +307,17 @@ def hold(data, sizes, workers, device):
     96 px, or 8 GiB."""
     if len({*sizes}) > 1 or min(sizes[0]) > 96 or len(data) * 3 * math.prod(sizes[0]) > 2**33:
         return None
-    parts = load(data, workers, batch_size=500, collate_fn=list)
+    parts = load(data, workers, device, batch_size=500, collate_fn=list)
     images = [image for part in parts for image, _ in part]
     if len({image.shape for image in images}) > 1:
         return None
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
 
 
-def load(data, workers, **options):
+def load(data, workers, device, **options):
     """The batches of a DataLoader, whose processes leave signals to the main one."""
     options |= {"num_workers": workers, "worker_init_fn": leave_signals}
-    return iter(torch.utils.data.DataLoader(data, **options))
+    return iter(torch.utils.data.DataLoader(data, pin_memory=device.type == "cuda", **options))
 
 
 def leave_signals(worker):
@@ -398,30 +391,28 @@ def photometric(x, u, p_blur=0.0, p_solarize=0.0):
     its own: what torchvision does to one image at a time, on the whole batch and its device.
     Brightness, contrast, saturation, hue always in this order; hue turns in the YIQ plane.
     """
-    luma, hue_turn = constant("luma", x.device), constant("hue", x.device)
     u = u.T[..., None, None, None]  # (9, B, 1, 1, 1)
     brightness, contrast, saturation, hue, jittered, grayed, sigma, blurred, solarized = u
 
     y = (x * (1 + (2 * brightness - 1) * 0.4)).clamp(0, 1)
-    mean = gray(y, luma).mean((2, 3), keepdim=True)
+    mean = gray(y).mean((2, 3), keepdim=True)
     y = (mean + (1 + (2 * contrast - 1) * 0.4) * (y - mean)).clamp(0, 1)
-    y = (gray(y, luma) + (1 + (2 * saturation - 1) * 0.2) * (y - gray(y, luma))).clamp(0, 1)
+    y = (gray(y) + (1 + (2 * saturation - 1) * 0.2) * (y - gray(y))).clamp(0, 1)
     angle = 2 * math.pi * 0.1 * (2 * hue[:, 0] - 1)  # (B, 1, 1)
-    still, cos, sin = hue_turn
+    still, cos, sin = constant("hue", x.device)
     turn = still + angle.cos() * cos + angle.sin() * sin  # (B, 3, 3)
     y = (turn @ y.flatten(2)).view_as(y).clamp(0, 1)
     x = torch.where(jittered < 0.8, y, x)
-    x = torch.where(grayed < 0.2, gray(x, luma), x)
-    if p_blur:
+    x = torch.where(grayed < 0.2, gray(x), x)
+    if p_blur or p_solarize:
         x = torch.where(blurred < p_blur, blur(x, 0.1 + 1.9 * sigma[:, 0, 0]), x)
-    if p_solarize:
         x = torch.where((solarized < p_solarize) & (x >= 128 / 255), 1 - x, x)
     return x
 
 
-def gray(x, luma):
-    """x (B, 3, H, W) -> (B, 1, H, W): the channels, weighted by luma (3, 1, 1)."""
-    return (x * luma).sum(1, keepdim=True)
+def gray(x):
+    """x (B, 3, H, W) -> (B, 1, H, W): the channels, weighted as in luma."""
+    return (x * constant("luma", x.device)).sum(1, keepdim=True)
 
 
 def blur(x, sigma):

@@ -25,7 +25,6 @@ CONTEXT_SCALE = (0.85, 1.0)  # share of the grid of the context block, before ta
 
 
 def _check(batch_size, grid, num_targets, target_scale, min_context):
-    """ValueError that names the first argument out of range."""
     low, high = target_scale
     rules = {
         "batch_size at least 1": batch_size >= 1,
@@ -41,7 +40,6 @@ def _check(batch_size, grid, num_targets, target_scale, min_context):
 
 
 def _uniform(low, high, generator):
-    """One draw from [low, high], as a Python float."""
     return low + torch.rand((), generator=generator).item() * (high - low)
 
 

@@ -362,6 +362,5 @@ class MultiView(nn.Module):
 
     def embed(self, *views):
         sizes = [same for same in (views[: self.num_global], views[self.num_global :]) if same]
-        y = [image_features(self.encoder(torch.cat(same)), self.pool) for same in sizes]
-        y = torch.cat(y)
+        y = torch.cat([image_features(self.encoder(torch.cat(same)), self.pool) for same in sizes])
         return (y.unflatten(0, (len(views), -1)).transpose(0, 1),)

@@ -15,13 +15,11 @@ fitting or choosing anything. N training, N' validation images, D features, C cl
 
 import argparse
 import copy
-import itertools
 import json
 import math
 import os
 import re
 import sys
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,7 +32,7 @@ from sigreg import effective_rank
 from train import natural, positive, real
 
 RATES, DECAYS = (0.1, 0.3, 1.0, 3.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-HEADS = tuple(itertools.product(RATES, DECAYS))  # of the linear heads
+HEADS = tuple((rate, decay) for rate in RATES for decay in DECAYS)  # of the linear heads
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -63,7 +61,7 @@ def extract_features(encoder, images, pool="avg", layers=1, batch_size=64, worke
     each = -(-len(images) // world)
     share = [(0, i % len(images)) for i in range(rank * each, (rank + 1) * each)]
     found = []
-    for (views,), label in data.load(images, workers, batch_size=batch_size, sampler=share):
+    for (views,), label in data.load(images, workers, device, batch_size=batch_size, sampler=share):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             x = read_out(encoder, views[:, 0].to(device) / 255, pool, layers)
         found.append((x.cpu(), label))
@@ -188,8 +186,7 @@ def linear_probe(train_x, train_y, val_x, val_y, seed=0, heads=HEADS):
     (rate, decay), held_out = heads[best], round(top1[best], 2)
     how = f"lr {rate:g}, weight decay {decay:g}: best of {len(heads)} on {len(held):,} held out"
     result = {"linear": round(score(weight, bias, val_x, val_y)[0], 2), "linear_how": how}
-    result |= {"linear_lr": rate, "linear_decay": decay, "linear_held_out": held_out}
-    return result
+    return result | {"linear_lr": rate, "linear_decay": decay, "linear_held_out": held_out}
 
 
 def few_shot_probe(train_x, train_y, val_x, val_y, shots, seed=0, draws=3):
@@ -212,21 +209,20 @@ def few_shot_probe(train_x, train_y, val_x, val_y, shots, seed=0, draws=3):
     return {name: round(sum(top1) / draws, 2), f"{name}_how": how}
 
 
-def frozen_probes(encoder, train_set, val_set, options, device):
+def frozen_probes(encoder, train_set, val_set, options, device, rank):
     """Effective rank, k-NN and linear probe of frozen features, on rank 0; {} on the others."""
     settings = {name: getattr(options, name) for name in ("pool", "workers", "amp")}
-    settings["batch_size"] = min(64, options.batch_size)
-    extract = partial(extract_features, layers=options.blocks, **settings)
+    settings |= {"batch_size": min(64, options.batch_size), "layers": options.blocks}
     more = options.blocks > options.layers
     width = encoder.dim if more else None  # the last block's features come first
-    elsewhere = dist.is_initialized() and dist.get_rank() > 0
-    numbers = len(train_set) * getattr(encoder, "dim", 0) * options.blocks
-    if numbers > 2**28 and not elsewhere:  # features, and a copy in fit_heads
+    numbers = len(train_set) * encoder.dim * options.blocks
+    if numbers > 2**28 and rank == 0:  # features, and a copy in fit_heads
         print(f"probe.py: the linear probe will take {8 * numbers / 2**30:.0f} GiB", flush=True)
-    (train_x, train_y), (val_x, val_y) = (extract(encoder, x) for x in (train_set, val_set))
-    mine = val_x[:0] if elsewhere else val_x  # rank 0 has all images by now, so the others add none
+    train_x, train_y = extract_features(encoder, train_set, **settings)
+    val_x, val_y = extract_features(encoder, val_set, **settings)
+    mine = val_x[:0] if rank else val_x  # rank 0 has all images by now, so the others add none
     erank = effective_rank(mine[:, :width]).item()  # summed over ranks: all call it
-    if elsewhere:
+    if rank:
         return {}
     if device.type == "cuda" and 12 * train_x.numel() < torch.cuda.mem_get_info()[0]:  # 2, and room
         train_x, train_y = train_x.to(device), train_y.to(device)
@@ -295,7 +291,7 @@ def finetune(encoder, train_set, val_set, size, options, device):
     rows = torch.arange(batch).tensor_split(world)[rank]
     keys = data.batch_keys(len(train_set), batch, 0, total, options.seed, rows)
     crops = data.Images(train_set, size, [(1, size, 0.35, 1)], options.seed)
-    loader = data.load(crops, options.workers, batch_sampler=keys, pin_memory=device.type != "cpu")
+    loader = data.load(crops, options.workers, device, batch_sampler=keys)
     classify = train.parallel(net, device)
     for step, ((views,), labels) in enumerate(loader, 1):
         torch.manual_seed(data.seed_of("network", options.seed, step, rank))  # stochastic depth
@@ -323,9 +319,6 @@ def finetune(encoder, train_set, val_set, size, options, device):
 
 
 # ------------------------------------------------------------------------------ command line, main
-FINETUNING = "epochs steps lr layer_decay weight_decay smoothing"
-
-
 def parse_args(argv=None):
     parser = train.Parser(prog="probe.py")
     add = parser.add_argument_group("what is probed").add_argument
@@ -356,10 +349,10 @@ def parse_args(argv=None):
     options = parser.parse_args(argv)
     if options.finetune and (options.pool or options.layers or options.shots):
         sys.exit("probe.py: --finetune does not take --pool, --layers, --shots: leave them out")
-    for name in "" if options.finetune else FINETUNING.split():
+    tuning = "epochs steps lr layer_decay weight_decay smoothing"
+    for name in () if options.finetune else tuning.split():
         if getattr(options, name) != parser.get_default(name):
-            option = "--" + name.replace("_", "-")
-            sys.exit(f"probe.py: {option} goes with --finetune; leave it out, or add that")
+            sys.exit(f"probe.py: --{name.replace('_', '-')} goes with --finetune; add that")
     if options.lr == 0 or options.layer_decay == 0 or options.smoothing >= 1:
         sys.exit("probe.py: --lr and --layer-decay must be above 0, --smoothing below 1")
     options.amp = options.device.startswith("cuda") if options.amp is None else options.amp
@@ -381,10 +374,8 @@ def load_encoder(options, checkpoint):
         sys.exit(f"probe.py: {options.ckpt} was trained with --pool {trained}: {other}")
     options.layer_decay = options.layer_decay if is_vit else 1.0  # no other encoder has layers
     options.blocks = min(4, len(encoder.blocks)) if default else options.layers
-    wants = {f"--pool {options.pool}": options.pool == "cls", "--layers": options.layers > 1}
-    for flag, asked in wants.items():
-        if asked and not is_vit:
-            sys.exit(f"probe.py: {flag} needs a ViT's tokens; leave it out for {name}")
+    if not is_vit and (options.pool == "cls" or options.layers > 1):
+        sys.exit(f"probe.py: --pool cls, --layers need a ViT's tokens; leave them out for {name}")
     if is_vit and options.layers > len(encoder.blocks):
         sys.exit(f"probe.py: --layers {options.layers}: {name} has {len(encoder.blocks)} blocks")
     if options.student and "teacher" not in checkpoint:
@@ -404,15 +395,12 @@ def open_splits(name, root, seed):
         sys.exit(f"probe.py: {name} has only one class; the probes need two or more")
     if one != two:
         sys.exit(f"probe.py: class {min(one ^ two)!a} is in only one of the splits of {name}")
-    folders = [
-        {(label, os.path.dirname(path)) for path, label in getattr(source, "samples", ())}
-        for source in sources
-    ]
+    files = [getattr(source, "samples", ()) for source in sources]
+    folders = [{(label, os.path.dirname(path)) for path, label in found} for found in files]
     one, two = ({os.path.realpath(folder) for _, folder in found} for found in folders)
     if one & two:
         sys.exit(f"probe.py: train and val of {name} are the same files; split them")
-    labels = [label for label, _ in folders[0]]  # one folder below a class, as images/, is usual
-    if len({*labels}) < len(labels):
+    if len({label for label, _ in folders[0]}) < len(folders[0]):  # one below a class is usual
         sys.exit(f"probe.py: classes of {name} have several folders each; which are the classes?")
     return sources
 
@@ -424,12 +412,11 @@ def show(about, result, options):
         features += " (in training seen by the predictor alone)"
     blocks = "last block" if options.layers == 1 else f"last {options.layers} blocks"
     counts = f"{about['train']:,} training, {about['val']:,} validation images"
-    classes = f"{result['classes']} classes"
     precision = "bfloat16" if options.amp else "float32"
     name = about["model"] if options.part == "encoder" else f"teacher of {about['model']}"
     features = f"{features}, {blocks}" if about["model"].startswith("vit") else "pooled features"
-    print(f"{name} (step {about['step']}) on {about['data']}, {classes}, {counts}", end=" ")
-    print(f"at {about['image_size']} px; {features}, {precision}")
+    print(f"{name} (step {about['step']}) on {options.data}, {result['classes']} classes", end=", ")
+    print(f"{counts} at {options.image_size} px; {features}, {precision}")
     for name in [name for name in result if f"{name}_how" in result]:
         print(f"  {name:10}{result[name]:8.2f}   {result[f'{name}_how']}")
 
@@ -441,23 +428,20 @@ def main(argv=None):
         args, names = checkpoint["args"], ("data", "image_size", "data_root", "workers")
         vars(options).update({n: args[n] for n in names if getattr(options, n) is None})
         encoder = load_encoder(options, checkpoint).to(device).eval().requires_grad_(False)
-        step = 0 if options.untrained else checkpoint["step"]
-        size = options.image_size
         sources = open_splits(options.data, options.data_root, args["seed"])
         if options.finetune:
-            result = finetune(encoder, *sources, size, options, device)
+            result = finetune(encoder, *sources, options.image_size, options, device)
         else:
-            images = [data.Images(source, size) for source in sources]
-            result = frozen_probes(encoder, *images, options, device)
+            images = [data.Images(source, options.image_size) for source in sources]
+            result = frozen_probes(encoder, *images, options, device, rank)
         if rank == 0:
-            about = {"ckpt": options.ckpt, "step": step}
+            about = {"ckpt": options.ckpt, "step": 0 if options.untrained else checkpoint["step"]}
             about |= {name: args[name] for name in ("recipe", "model")}
             names = "data image_size part pool layers untrained amp seed"
             about |= {name: getattr(options, name) for name in names.split()}
             about |= {"train": len(sources[0]), "val": len(sources[1]), "torch": torch.__version__}
             show(about, result, options)
-            values = {k: v for k, v in result.items() if not k.endswith("_how")}
-            print(json.dumps(about | values))
+            print(json.dumps(about | {k: v for k, v in result.items() if not k.endswith("_how")}))
 
 
 if __name__ == "__main__":

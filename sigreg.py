@@ -11,7 +11,7 @@ Two documents call two different things SIGReg. Both are here, with one relative
 
 `*_sigreg_plain` is each of them as it stands on paper, in one process and float64, to read and to
 copy. `*_sigreg` is the same number over all ranks, finite also for identical rows and N = 1; all
-ranks must call it. For training copy the whole file.
+ranks must call it. ValueError unless z is a 2-D float tensor. For training copy the whole file.
 
 spectral and legendre want more rows than dimensions, N > D. A smaller sample cannot be white:
 spectral is then at least log(D / (N - 1)), and legendre above 0 (2.6 for 256 rows of 768 numbers).
@@ -323,7 +323,6 @@ def spectral_sigreg(z):
     z (N, D) of any float dtype -> scalar in [0, log D], log D for identical rows too, not below
     log(D / (N - 1)). Scale-free, value(c z) = value(z): it shapes the spectrum and cannot keep the
     embedding from shrinking. sigma = sqrt(eig(Gram)), as a Gram matrix is a sum over ranks.
-    ValueError unless z is a 2-D float tensor.
     """
     n, mean, gram = _moments(z, torch.float64)
     eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
@@ -356,8 +355,7 @@ def legendre_sigreg(z):
     """(tr C + |mean|^2 - log det C - D) / (2 D), as in legendre_sigreg_plain, over all ranks.
 
     z (N, D) of any float dtype -> scalar >= 0, float64; products are in at least float32. Shrinking
-    costs -log. The ridge is relative too, as rounding in float32 is. ValueError unless z is a 2-D
-    float tensor.
+    costs -log. The ridge is relative too, as rounding in float32 is.
     """
     n, mean, gram = _moments(z)
     cov = gram / n

@@ -1581,7 +1581,7 @@ def test_probe_of_a_backbone_without_tokens(tmp_path, capsys):
         found = run_probe(capsys, path, "--data", photos, "--workers", "0", *extra)
         assert found["val"] == 24 and found.get("layer_decay", 1) == 1  # it has no layers
     for flags in ("--pool cls", "--layers 2"):
-        refuse(probe.main, [path, *flags.split()], f"{flags.split()[0]}.* needs a ViT")
+        refuse(probe.main, [path, *flags.split()], f"{flags.split()[0]}.* need a ViT")
 
 
 def test_features_are_of_normalised_images(few_shapes):

@@ -236,7 +236,6 @@ def half_cosine(progress):
 
 
 def set_rate_and_decay(args, optimizer, step, total, warmup):
-    """Sets the step's rate and weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, total, args.lr, warmup, args.schedule)
     decay = between(args.weight_decay, args.weight_decay_end, half_cosine(step / total))
@@ -328,23 +327,20 @@ class Log:
         except OSError:  # a file system without locks
             pass
         self.file.seek(0)
-        lines = self.file.readlines()
+        lines = [line for line in self.file if line.endswith("\n")]  # no line cut short by a kill
         if lines and not ckpt.exists():
             sys.exit(f"train.py: {path} is the log of a run, but {ckpt} is gone; move the log, too")
         if done == 0:
             save(args, parts, 0)
             warn(args, parts["encoder"])
-        # each step stands once, and a line cut short by a kill goes
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if done and json.loads(line).get("step", 0) <= done]
+        # each step stands once
+        kept = [line for line in lines if done and json.loads(line).get("step", 0) <= done]
         self.file.truncate(sum(len(line.encode()) for line in kept))
         if not kept:
-            command = {"command": " ".join(sys.argv), "args": vars(args)}
-            self.file.write(json.dumps(command) + "\n")
+            self.file.write(json.dumps({"command": " ".join(sys.argv), "args": vars(args)}) + "\n")
         self.start = time.perf_counter()
 
     def write(self, step, epoch, measured, lr):
-        """One logged step: a JSON object in the file, a line on the screen."""
         seconds = (time.perf_counter() - self.start) / (step - self.last)
         row = {"step": step, "epoch": epoch, **measured, "lr": lr}
         row["images_per_s"] = round(self.batch_size / seconds, 3)
@@ -437,9 +433,8 @@ def compare_ranks(mine, world):
 def check_settings(path, before, now):
     """Exits where a command has other settings than the run that it would continue."""
     may_change, sizes = set(MAY_CHANGE.split()), [x.get("image_bytes") or () for x in (before, now)]
-    ends = now["weight_decay_end"], now["ema_end"]
-    if now["schedule"] != "constant" or ends != (None, None):  # the length is part of it
-        may_change -= {"epochs", "steps"}
+    if (now["schedule"], now["weight_decay_end"], now["ema_end"]) != ("constant", None, None):
+        may_change -= {"epochs", "steps"}  # the length is part of these
     for name in [name for name in now if name not in may_change]:
         pair = before.get(name), now[name]
         if pair[0] != pair[1]:
@@ -497,9 +492,7 @@ UNUSED = {  # options that a recipe does not take
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with one line for an error."""
-
-    def error(self, message):
+    def error(self, message):  # in one line, without the usage
         sys.exit(f"{self.prog}: {message}")
 
 
@@ -531,23 +524,17 @@ def add_method(parser):
     add("--local-size", type=positive, help="crops: pixels of local views [0.43 of the image size]")
     add("--workers", type=natural, help="processes that load images; speed only [cores, at most 8]")
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--recipe",
-        choices=["masked", "crops"],
-        default="masked",
-        help="after source A, or B [masked]",
-    )
+    names = ["masked", "crops"]
+    add("--recipe", choices=names, default="masked", help="after source A, or B [masked]")
     add("--model", help="vit_n8 ..., resnet18 ... [vit_n4 up to 48 px, vit_n8; vit_s16]")
     add("--predictor", choices=["mlp", "transformer"], default="mlp", help="[mlp]")
     add("--predictor-size", type=positive, default=4, help="mlp: width factor; else: blocks [4]")
     add("--pool", choices=["avg", "cls"], default="avg", help="crops: mean patch, or CLS [avg]")
     add("--proj-dim", type=positive, default=64, help="crops: width of the projection [64]")
     add("--masks", choices=["blocks", "random"], default="blocks", help="of patches [blocks]")
-    names = ["batch", "image"]
-    add("--masks-per", choices=names, default="batch", help="one mask for each [batch]")
+    add("--masks-per", choices=["batch", "image"], default="batch", help="a mask for each [batch]")
     add("--num-targets", type=positive, default=2, help="target blocks of an image [2]")
-    scale, names = [0.2, 0.3], "of a target, of the image [0.2 0.3]"
-    add("--target-scale", type=float, nargs=2, default=scale, help=f"least, most {names}")
+    add("--target-scale", type=float, nargs=2, default=[0.2, 0.3], help="least, most [0.2 0.3]")
     add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")
     add = parser.add_argument_group("loss").add_argument
     names = ["relative", "mse", "norm", "smooth_l1"]
@@ -599,13 +586,11 @@ def parse_args(argv=None):
     args.sigreg = args.sigreg or {"masked": "legendre", "crops": "sketched"}[args.recipe]
     as_ijepa = bool(args.stop_grad or args.ema or args.whole_targets)
     whole = args.recipe == "masked" and args.image_loss != 0 and not as_ijepa
-    sketched = args.sigreg == "sketched" or whole
-    unused |= {} if sketched else {"slices": f"--sigreg {args.sigreg}"}
+    unused |= {} if whole or args.sigreg == "sketched" else {"slices": f"--sigreg {args.sigreg}"}
     unused |= {"lam": "--sigreg none"} if args.sigreg == "none" else {}
     for name, by in unused.items():
         if getattr(args, name) != parser.get_default(name):
-            option = "--" + name.replace("_", "-")
-            sys.exit(f"train.py: {by} does not take {option}; leave it out")
+            sys.exit(f"train.py: {by} does not take --{name.replace('_', '-')}; leave it out")
     check(args, as_ijepa)
     args.one_way |= as_ijepa  # what has no gradient cannot be asked to predict
     if args.recipe == "masked" and args.image_loss is None:
@@ -617,9 +602,8 @@ def check(args, as_ijepa):
     """Exits in one line where options are out of range or do not go together."""
     if not args.ckpt.endswith(".pt"):
         sys.exit(f"train.py: --ckpt {args.ckpt} must end in .pt; its log ends in .jsonl")
-    if args.lr == 0 or args.ema >= 1 or (args.ema_end or 0) > 1 or args.seed >= 2**31:
-        least = "--lr must be above 0, --ema below 1, --ema-end at most 1"
-        sys.exit(f"train.py: {least}, --seed below 2^31")
+    if args.lr == 0 or args.ema >= 1 or (args.ema_end or 0) > 1:
+        sys.exit("train.py: --lr must be above 0, --ema below 1, --ema-end at most 1")
     if args.ema_end is not None and not args.ema:
         sys.exit("train.py: --ema-end goes with --ema")
     if args.recipe == "crops" and args.augment == "none":
@@ -628,6 +612,9 @@ def check(args, as_ijepa):
         sys.exit("train.py: --stop-grad, --ema, --whole-targets go with --image-loss 0 alone")
     if args.recipe == "crops" and args.global_views + args.local_views < 2:
         sys.exit("train.py: one view has nothing to agree with: take more --global-views")
+    if args.recipe == "masked" and args.sigreg == "sketched" and args.lam is None:
+        rule = "12.8 / (the vectors that SIGReg sees in a step); legendre and spectral take 1"
+        sys.exit(f"train.py: --recipe masked --sigreg sketched needs a --lam, such as {rule}")
     if args.recipe == "crops" and (args.lam or 0) > 1:
         sys.exit(f"train.py: --lam {args.lam} of --recipe crops must be at most 1")
 
@@ -649,14 +636,12 @@ def defaults(args, side):
     chosen |= {} if large else {"augment": "color", "epochs": 20, "lr": 2e-3}
     chosen |= {"augment": "none", "epochs": 2} if shapes else {}
     chosen |= {"augment": "color", "lr": 5e-4} if crops else {}
-    lam = 0.05 if crops else 1.0
-    if args.sigreg == "sketched":
-        lam = sketched_lam(args.batch_size) if crops else None
+    lam = sketched_lam(args.batch_size) if args.sigreg == "sketched" else 0.05
     return chosen | {
         "model": name,
         "image_size": size,
         "weight_decay": 5e-4 if "resne" in name else 0.05,
-        "lam": lam,
+        "lam": lam if crops else 1.0,
         "local_size": max(round(0.43 * (args.image_size or size) / patch), 1) * patch,
         # shapes are cheaper to draw than to send between processes
         "workers": 0 if shapes and not crops else min(8, cores),
@@ -676,9 +661,6 @@ def fill_in(args, images, side, world):
     open_ones = [name for name in wanted if getattr(args, name) is None]
     chosen = {name: wanted[name] for name in open_ones if name not in UNUSED[args.recipe].split()}
     vars(args).update(chosen)
-    if args.lam is None:
-        rule = "12.8 / (the vectors that SIGReg sees in a step); legendre and spectral take 1"
-        sys.exit(f"train.py: --recipe masked --sigreg sketched needs a --lam, such as {rule}")
     if not max(2, world) <= args.batch_size <= images:  # SIGReg compares images
         limits = f"at least {max(2, world)}, at most the {images} images of the data"
         sys.exit(f"train.py: --batch-size {args.batch_size} must be {limits}")
@@ -706,9 +688,8 @@ def main(argv=None):
             print(f"train.py: {world} x {device.type}; chosen: {', '.join(values)}")
         step, total, stop = train(args, images, device, rank, world)
         if rank == 0:
-            next_one = f"next: python probe.py {args.ckpt}"
-            then = next_one if step >= total else "saved; the same command continues"
-            print(f"train.py: step {step} of {total}; {then}")
+            then = "the same command continues" if step < total else f"python probe.py {args.ckpt}"
+            print(f"train.py: saved step {step} of {total}; next: {then}")
     if step < total:
         sys.exit(stop)  # the shell's code for the signal, so that && and queues stop
 
