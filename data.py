@@ -411,7 +411,7 @@ def photometric(x, u, p_blur=0.0, p_solarize=0.0):
 
 
 def gray(x):
-    """x (B, 3, H, W) -> (B, 1, H, W): the channels, weighted as in luma."""
+    """x (B, 3, H, W) -> (B, 1, H, W): the luma, YIQ's first row."""
     return (x * constant("luma", x.device)).sum(1, keepdim=True)
 
 
