@@ -1,6 +1,6 @@
 """Draws the figures of README.md and RESULTS.md from results.csv. It needs matplotlib.
 
-python assets/figures.py      # writes curves.png, lambda.png and method.png beside this file
+python assets/figures.py      # writes curves, lambda, course and method.png beside this file
 """
 
 import csv
@@ -24,9 +24,8 @@ def rows(section):
     """The section's rows, with numbers where there are some."""
     with open(HERE / "results.csv") as file:
         found = [row for row in csv.DictReader(file) if row["section"] == section]
-    return [
-        row | {n: float(row[n]) for n in ("images", "rank", *PROBES) if row[n]} for row in found
-    ]
+    numbers = "images", "share", "rank", *PROBES
+    return [row | {n: float(row[n]) for n in numbers if row[n]} for row in found]
 
 
 def curves():
@@ -77,6 +76,26 @@ def lam():
     axis.grid(alpha=0.3)
     figure.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0.13, 0.88))
     figure.savefig(HERE / "lambda.png", dpi=130, facecolor="white", bbox_inches="tight")
+
+
+def course():
+    """Effective rank and share over training, with the loss of whole images and without."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
+    runs = {"patches alone": rows("masks"), "masked": rows("image")}
+    titles = {"rank": "effective rank, of 128", "share": "share of variance not predicted"}
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for run, data in runs.items():
+            found = {}
+            for row in data:
+                if row["run"] == "a mask for each image" and row["images"] <= 716_800:
+                    found.setdefault(row["images"], []).append(row[column])
+            means = [(images, sum(found[images]) / len(found[images])) for images in sorted(found)]
+            points = [(images / 1000, mean) for images, mean in means]
+            axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[run], ms=4, label=run)
+        axis.set(title=title, xlabel="thousand images seen")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(HERE / "course.png", dpi=130, facecolor="white", bbox_inches="tight")
 
 
 INK, BLUE, RED, GREEN = "#333333", "#2f6fd0", "#d6453d", "#2e9e5b"
@@ -154,4 +173,5 @@ def method():
 if __name__ == "__main__":
     curves()
     lam()
+    course()
     method()
