@@ -8,9 +8,8 @@ Masks are patch indices in raster order (row * grid + column), int64, of one len
     context (B, Nc)     the patches that the encoder sees
     targets (B, K, Nt)  K sets of patches to predict; the context holds none of them
 
-The defaults are I-JEPA's targets, with a least context of our own. Each image has its mask:
-masked_loss then wants them as `places`. For one mask in the whole batch, as in the default recipe,
-see `Masked` in model.py.
+The defaults are I-JEPA's targets, with a least context of our own; train.py's recipe has others,
+see `Masked` in model.py. Each image has its own mask: masked_loss wants them as `places`.
 
 Unlike I-JEPA's collator: scale and aspect ratio are independent draws; long contexts lose patches
 at random, not at the image's bottom; small grids return at once. This file needs torch alone.

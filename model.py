@@ -62,7 +62,7 @@ def init_weights(module):
 def gather_tokens(x, indices):
     """x (B, P, D), indices (B, ..., n) -> (B, ..., n, D): row b holds x[b, indices[b]].
 
-    ValueError for indices of another number of images: one mask for the batch wants .expand.
+    ValueError for indices of another number of images: one mask for all wants .expand.
     """
     if indices.shape[0] != x.shape[0]:
         raise ValueError(f"model.py: masks of {indices.shape[0]} images for {x.shape[0]} images")
@@ -275,20 +275,19 @@ class Masked(nn.Module):
     second is what sigreg.multi_view_loss sees of whole images, where there is an image_head: the
     mean patch token of the context and of each target, through that head, (B, 1 + K, 64); else
     None. This is in neither source. An encoder of your own takes (images, indices) and gives CLS
-    first, as VisionTransformer does. In a loop of your own, with the recipe's settings and one mask
-    for the batch on all ranks (x are crops of 0.3 to 1, normalised after their colours; batch 256,
-    AdamW at 2e-3 with weight decay 0.05 of matrices alone):
+    first, as VisionTransformer does. In a loop of your own, with the recipe's settings (x are crops
+    of 0.3 to 1, normalised after their colours; batch 256, AdamW at 2e-3 with weight decay 0.05 of
+    matrices alone):
 
         from masks import multi_block_masks
         from sigreg import SIGReg, centre, masked_loss, multi_view_loss
         predictor, head = MLPPredictor(encoder.dim, encoder.grid**2), image_head(encoder.dim)
         net = Masked(encoder, predictor, head, both_directions=True)
-        shared = torch.Generator().manual_seed(step)
-        masks = multi_block_masks(1, encoder.grid, 2, (0.2, 0.3), 0.35, shared)
-        context, targets = (m.expand(len(x), *m.shape[1:]).to(x.device) for m in masks)
+        context, targets = multi_block_masks(len(x), encoder.grid, 2, (0.2, 0.3), 0.35)
         tokens, g = net([x, x_in_other_colours], context, targets)
-        loss, pred, reg = masked_loss(*tokens, lam=1.0, regularizer=SIGReg("legendre"),
-            error="relative", on="tokens")
+        places = context, targets, encoder.grid**2
+        loss, pred, reg = masked_loss(*tokens, places=places, lam=1.0,
+            regularizer=SIGReg("legendre"), error="relative", on="tokens")
         g = centre(g).transpose(0, 1)  # (1 + K, B, 64), each view less its mean over the batch
         whole, *_ = multi_view_loss(g, len(g), 0.05, SIGReg("sketched", seed=step))
         loss = loss + whole

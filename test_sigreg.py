@@ -666,12 +666,12 @@ def step_gradients(flags, at_once, dtype):
     return loss.detach(), torch.cat([p.grad.flatten() for p in parameters])
 
 
-LETTER = """--sigreg spectral --sigreg-on pooled --pred mse --masks-per image --one-way
+LETTER = """--sigreg spectral --sigreg-on pooled --pred mse --one-way
 --num-targets 4 --target-scale 0.15 0.2 --min-context 0.25 --image-loss 0"""
 PIECES = [
     "--augment color",
     LETTER,
-    "--sigreg sketched --lam 0.1 --masks-per image --slices 32",
+    "--sigreg sketched --lam 0.1 --masks-per batch --slices 32",
     "--recipe crops",
     "--stop-grad --whole-targets",
 ]
@@ -690,7 +690,7 @@ def test_micro_batches_have_the_gradient_of_the_batch(flags):
 MATTERS = """--lam 2|--sigreg spectral|--sigreg sketched --lam 0.1|--sigreg none
 --sigreg-on pooled|--sigreg-on context|--pred mse|--pred norm|--pred smooth_l1
 --one-way|--whole-targets|--predictor transformer|--seed 1
---masks random|--masks-per image|--num-targets 3|--target-scale 0.4 0.6
+--masks random|--masks-per batch|--num-targets 3|--target-scale 0.4 0.6
 --min-context 0.9|--augment color|--image-loss 0|--image-loss 2|--slices 9
 --recipe crops|--recipe crops --lam 0.1|--recipe crops --sigreg legendre
 --recipe crops --proj-dim 8|--recipe crops --pool cls|--recipe crops --augment color
@@ -805,7 +805,7 @@ def test_every_step_seed_and_purpose_draws_anew(monkeypatch, tmp_path, few_shape
 
 
 def test_first_weights_depend_on_seed_and_architecture_alone():
-    same = "", "--num-targets 3", "--target-scale 0.4 0.6", "--masks-per image", "--image-loss 0"
+    same = "", "--num-targets 3", "--target-scale 0.4 0.6", "--masks-per batch", "--image-loss 0"
     weights = [train.build(filled(flags), CPU)[0].predictor.fc1.weight for flags in same]
     assert all(torch.equal(weight, weights[0]) for weight in weights)
     other = train.build(filled("--seed 1"), CPU)[0].predictor.fc1.weight
@@ -1056,7 +1056,7 @@ def test_defaults_follow_the_data(tmp_path, few_shapes, capsys):
     assert "shapes, drawn here (--data FOLDER takes yours)" in said
     assert "32 vectors of 128 numbers a step, too few to be white" in said
     assert "have a target twice" not in said
-    run_train(tmp_path / "c.pt", "--steps 1 --masks-per image --target-scale 0.4 0.6")
+    run_train(tmp_path / "c.pt", "--steps 1 --target-scale 0.4 0.6")
     said = capsys.readouterr().out
     assert int(re.search(r"(\d+)% of images have a target twice", said)[1]) > 70
     train.warn(filled("--recipe crops"), None)  # 32 vectors of 64: sketched takes any number

@@ -532,7 +532,7 @@ def add_method(parser):
     add("--pool", choices=["avg", "cls"], default="avg", help="crops: mean patch, or CLS [avg]")
     add("--proj-dim", type=positive, default=64, help="crops: width of the projection [64]")
     add("--masks", choices=["blocks", "random"], default="blocks", help="of patches [blocks]")
-    add("--masks-per", choices=["batch", "image"], default="batch", help="a mask for each [batch]")
+    add("--masks-per", choices=["image", "batch"], default="image", help="a mask for each [image]")
     add("--num-targets", type=positive, default=2, help="target blocks of an image [2]")
     add("--target-scale", type=float, nargs=2, default=[0.2, 0.3], help="least, most [0.2 0.3]")
     add("--min-context", type=real, default=0.35, help="least share for the context [0.35]")

@@ -81,13 +81,13 @@ def lam():
 def course():
     """Effective rank and share over training, with the loss of whole images and without."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
-    runs = {"patches alone": rows("masks"), "masked": rows("image")}
+    runs = {"patches alone": rows("masks"), "masked": rows("cifar")}
     titles = {"rank": "effective rank, of 128", "share": "share of variance not predicted"}
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         for run, data in runs.items():
             found = {}
             for row in data:
-                if row["run"] == "a mask for each image" and row["images"] <= 716_800:
+                if row["run"] == run and row["images"] <= 716_800:
                     found.setdefault(row["images"], []).append(row[column])
             means = [(images, sum(found[images]) / len(found[images])) for images in sorted(found)]
             points = [(images / 1000, mean) for images, mean in means]
